@@ -1,0 +1,300 @@
+"""The memory of a KV cache: blocks, block tables, an attention call that follows them, statistics.
+
+Throughout this file
+    B  requests in the batch, one row each       H    query heads
+    T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
+    L  layers                                    D    size of a head
+
+A block has room for the keys and values of block_size tokens in all layers. A request owns whole
+blocks, anywhere in the pool, and its row of the block table names them in order: token t is in slot
+t % block_size of block table[row, t // block_size]. (PagedAttention, Kwon et al. 2023, section 4)
+"""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+try:  # The CUDA kernel; where it is not installed, the definition below does the work.
+    from flash_attn import flash_attn_with_kvcache as flash_attn_kernel
+except ImportError:
+    flash_attn_kernel = None
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+def block_size_unit(device, dtype):
+    """Block sizes have to be multiples of this: 256 where flash-attn 2 runs, 1 elsewhere."""
+    half_on_cuda = torch.device(device).type == "cuda" and dtype != torch.float32
+    return 256 if flash_attn_kernel and half_on_cuda else 1
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, block_table=None, causal=False
+):
+    """Attention of q (B, T, H, D) over cached keys and values, as flash-attn 2 defines it.
+
+    k, v (B, T, Hkv, D) are stored first, behind the cache_seqlens (B,) tokens that each row has in
+    k_cache, v_cache (B, slots, Hkv, D), or (n_blocks, block_size, Hkv, D) with a block_table (B,
+    width). causal: the last query sees all keys, the one before it all but the last, and so on.
+    Returns (B, T, H, D). What lies behind the end of a row is never read.
+    """
+    if block_size_unit(q.device, q.dtype) > 1:
+        return flash_attn_kernel(
+            q, k_cache, v_cache, k, v,
+            cache_seqlens=cache_seqlens, block_table=block_table, causal=causal,
+        )  # fmt: skip
+    (B, T, H, D), Hkv = q.shape, k_cache.shape[2]
+    ends = cache_seqlens if k is None else cache_seqlens + T
+    if k is not None:
+        block = torch.arange(B, device=q.device)[:, None]
+        slot = cache_seqlens[:, None].long() + torch.arange(T, device=q.device)  # (B, T)
+        if block_table is not None:
+            block = block_table.gather(1, slot // k_cache.shape[1])
+            slot = slot % k_cache.shape[1]
+        k_cache[block, slot], v_cache[block, slot] = k, v
+
+    out = torch.empty_like(q)
+    for row, n in enumerate(ends.tolist()):
+        if block_table is None:
+            keys, values = k_cache[row, :n], v_cache[row, :n]  # (n, Hkv, D)
+        else:
+            ids = block_table[row, : blocks_for(n, k_cache.shape[1])]
+            keys = k_cache.index_select(0, ids).flatten(0, 1)[:n]
+            values = v_cache.index_select(0, ids).flatten(0, 1)[:n]
+        mask = None
+        if causal and n > T > 1:  # SDPA's is_causal would show the first query only the first key.
+            mask = torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
+        # The heads of a single query that share keys can be queries of one head. The keys are then
+        # read once, which takes a third of the time of enable_gqa on a CPU.
+        queries = q[row].view(Hkv, H // Hkv, D) if T == 1 else q[row].transpose(0, 1)  # (H, T, D)
+        attended = F.scaled_dot_product_attention(
+            queries[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None],
+            attn_mask=mask, is_causal=causal and n == T > 1, enable_gqa=T > 1,
+        )  # fmt: skip
+        out[row] = attended.view(T, H, D) if T == 1 else attended[0].transpose(0, 1)
+    return out
+
+
+# --- Blocks ---------------------------------------------------------------------------------------
+
+
+class OutOfBlocks(Exception):
+    """OutOfBlocks(need, free, total): more were asked for than are free. None was taken."""
+
+
+def blocks_for(n_tokens, block_size):
+    """How many blocks hold n_tokens."""
+    return -(-n_tokens // block_size)
+
+
+class BlockPool:
+    """Which of the blocks 0 .. n_blocks - 1 are free. Ids only, no tensors."""
+
+    def __init__(self, n_blocks):
+        self.free_ids = list(reversed(range(n_blocks)))  # A stack: freed last, taken first.
+        self.ref_count = [0] * n_blocks  # How many rows of the block table name each block.
+
+    def alloc(self, n):
+        """Take n blocks and return their ids. Raises OutOfBlocks before it takes anything."""
+        if n > len(self.free_ids):
+            raise OutOfBlocks(n, len(self.free_ids), len(self.ref_count))
+        ids = [self.free_ids.pop() for _ in range(n)]
+        for block in ids:
+            self.ref_count[block] = 1
+        return ids
+
+    def free(self, ids):
+        """Drop one reference to each block; the last one makes it free."""
+        for block in ids:
+            assert self.ref_count[block] > 0, f"block {block} is free already"
+            self.ref_count[block] -= 1
+            if self.ref_count[block] == 0:
+                self.free_ids.append(block)
+
+
+class PagedCache:
+    """Keys and values of a batch whose requests come and go: rows 0 .. n_rows - 1, oldest first.
+
+    In each step the caller lets rows grow() and requests admit(), so that all new tokens have
+    slots, runs the model over tables(), then calls advance(). The cost of a step is a few
+    operations on vectors of one number per row, however long the rows are.
+    """
+
+    def __init__(self, n_blocks, block_size, max_rows, max_seq_len, shape, dtype, device):
+        """shape: (L, Hkv, D). Takes the memory of n_blocks * block_size tokens."""
+        L, Hkv, D = shape
+        self.block_size, self.blocks = block_size, BlockPool(n_blocks)
+        # Block-major: a block is one piece of memory with all its layers, and pool[:, layer, 0] is
+        # a layer's key cache as the attention call takes it.
+        self.pool = torch.empty(n_blocks, L, 2, block_size, Hkv, D, dtype=dtype, device=device)
+        width = blocks_for(max_seq_len, block_size)
+        self.block_table = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
+        # The manager decides on the CPU, so what it looks at stays there.
+        self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored, new ones excluded.
+        self.n_blocks = torch.zeros(max_rows, dtype=torch.int32)  # Blocks that the row has.
+        self.n_rows = 0
+
+    def can_admit(self, n_tokens):
+        """Whether there are blocks for a new request of n_tokens."""
+        return blocks_for(n_tokens, self.block_size) <= len(self.blocks.free_ids)
+
+    def admit(self, n_tokens):
+        """Add an empty row with blocks for n_tokens. Raises OutOfBlocks before any change."""
+        ids = self.blocks.alloc(blocks_for(n_tokens, self.block_size))
+        self.block_table[self.n_rows, : len(ids)] = self.block_table.new_tensor(ids)
+        self.seq_len[self.n_rows], self.n_blocks[self.n_rows] = 0, len(ids)
+        self.n_rows += 1
+
+    def full_rows(self):
+        """The rows without a slot for one more token."""
+        seq_len, n_blocks = self.seq_len[: self.n_rows], self.n_blocks[: self.n_rows]
+        return (seq_len >= n_blocks * self.block_size).nonzero().flatten()
+
+    def can_grow(self):
+        """Whether there is a block for each full row."""
+        return len(self.full_rows()) <= len(self.blocks.free_ids)
+
+    def grow(self):
+        """Give each full row a block, all at once. Raises OutOfBlocks before any change."""
+        rows = self.full_rows()
+        ids = self.blocks.alloc(len(rows))
+        if ids:
+            self.block_table[rows, self.n_blocks[rows]] = self.block_table.new_tensor(ids)
+            self.n_blocks[rows] += 1
+
+    def tables(self):
+        """seq_len (n_rows,) and block_table (n_rows, blocks of the longest row) for the kernel."""
+        width = int(self.n_blocks[: self.n_rows].max())
+        seq_len = self.seq_len[: self.n_rows].to(self.block_table.device, copy=True)
+        return seq_len, self.block_table[: self.n_rows, :width]
+
+    def advance(self, n_new):
+        """Count the tokens that the model has stored: n_new[row] for each row."""
+        self.seq_len[: self.n_rows] += torch.tensor(n_new, dtype=torch.int32)
+
+    def release(self, rows):
+        """Free the blocks of these rows at once; the rows behind them move up."""
+        for row in rows:
+            self.blocks.free(self.block_table[row, : self.n_blocks[row]].tolist())
+        keep = [row for row in range(self.n_rows) if row not in rows]
+        for state in (self.block_table, self.seq_len, self.n_blocks) if rows else ():
+            state[: len(keep)] = state[keep]
+        self.n_rows = len(keep)
+
+    def usage(self):
+        """Slots reserved, and slots that hold a token."""
+        taken = len(self.blocks.ref_count) - len(self.blocks.free_ids)
+        return taken * self.block_size, int(self.seq_len[: self.n_rows].sum())
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+REPORT = """
+Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
+Time               {time[prefill_s]:.1f} s prefill, {time[decode_s]:.1f} s decode, \
+{time[steps]} steps: {time[tokens_per_s]:.0f} tokens/s
+Manager            {time[manager_s]:.3f} s, {share:.2%} of that; {preemptions} preemptions
+Max batch          {max_batch[peak]} at once in this run, {max_batch[fits]} would fit, \
+naive fits {max_batch[naive_fits]}
+Reserved           {gb[peak_reserved_bytes]:.3f} GB of {gb[budget_bytes]:.3f} GB at the peak
+Used               {gb[peak_used_bytes]:.3f} GB
+Fragmented         {kv[fragmented_of_reserved]:.2%} of reserved, \
+{kv[mean_fragmented_of_reserved]:.2%} in the mean over all steps
+Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({kv[fragmented_of_budget]:.2%})"""
+
+
+class Stats:
+    """What a run reserves, uses and takes, in bytes (1e9 to a GB) and seconds.
+
+    reserved: no other request can have it. used: it holds a token of a request that still runs.
+    fragmented: reserved - used. Sampled once a step, before anything is freed.
+    """
+
+    def __init__(self, args, params):
+        head_dim, dtype = params["dim"] // params["n_heads"], getattr(torch, args.dtype)
+        self.args, self.shape = args, (params["n_layers"], params["n_kv_heads"], head_dim)
+        self.bytes_per_token = 2 * math.prod(self.shape) * dtype.itemsize
+        free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 0
+        self.budget = int(1e9 * args.kv_gb if args.kv_gb is not None else 0.9 * free or 1.4e9)
+        self.naive_fits = self.budget // (args.max_seq_len * self.bytes_per_token)
+        self.samples = []  # (requests running, bytes reserved, bytes used) of each step
+        self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0}
+        self.preemptions = 0
+        held = f"{self.budget / 1e9:.2f} GB, {self.budget // self.bytes_per_token:,} tokens"
+        print(f"KV cache of {held} of {self.bytes_per_token:,} bytes.", end=" ")
+        print(f"{args.max_seq_len:,} slots a request: {self.naive_fits} fit.", flush=True)
+
+    @contextmanager
+    def clock(self, name):
+        """Add the time that the `with` block takes to seconds[name]."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def sample(self, running, waiting, reserved, used):
+        """Note how many requests run and wait in this step, slots reserved and used; show it."""
+        self.samples.append((running, reserved * self.bytes_per_token, used * self.bytes_per_token))
+        if sys.stderr.isatty():
+            done = self.args.n - running - waiting
+            line = f"step {len(self.samples)}: {done} done, {running} running, {waiting} waiting"
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def report(self, texts, prompts, tokens, decode, stop):
+        """Print the answers to `texts`, then the statistics; both go into --json FILE as well.
+
+        tokens: each prompt and the answer behind it. decode: tokens to text, without those in stop.
+        """
+        answers = [both[len(prompt) :] for prompt, both in zip(prompts, tokens, strict=True)]
+        seconds = self.seconds["prefill"] + self.seconds["decode"] or 1
+        samples = self.samples or [(0, 0, 0)]
+        # Where reserved stays at its peak, the step that uses most of it counts.
+        _, reserved, used = max(samples, key=lambda sample: sample[1:])
+        waste = [1 - u / r for _, r, u in samples if r] or [0]
+        fits = self.budget * sum(n for n, _, _ in samples) // (sum(r for _, r, _ in samples) or 1)
+        args, git = self.args, ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+        # fmt: off
+        result = {
+            "script": Path(sys.argv[0]).name, "model": args.model.name,
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+            "dtype": args.dtype, "torch": torch.__version__,
+            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "args": vars(args), "requests": args.n, "prompt_tokens": sum(map(len, prompts)),
+            "generated_tokens": sum(map(len, answers)), "preemptions": self.preemptions,
+            "kv": {
+                "bytes_per_token": self.bytes_per_token, "budget_bytes": self.budget,
+                "peak_reserved_bytes": reserved, "peak_used_bytes": used,
+                "fragmented_bytes": reserved - used,
+                "fragmented_of_reserved": (reserved - used) / (reserved or 1),
+                "fragmented_of_budget": (reserved - used) / self.budget,
+                "mean_fragmented_of_reserved": sum(waste) / len(waste),
+            },
+            "max_batch": {
+                "peak": max(n for n, _, _ in samples), "fits": fits, "naive_fits": self.naive_fits,
+            },
+            "time": {
+                **{f"{name}_s": value for name, value in self.seconds.items()},
+                "tokens_per_s": sum(map(len, answers)) / seconds, "steps": len(self.samples),
+            },
+            "responses": [
+                {"prompt_tokens": len(prompt), "tokens": answer,
+                 "text": decode([token for token in answer if token not in stop]).strip()}
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ],
+        }
+        # fmt: on
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1, default=str))
+        print(end="\r\033[K" if sys.stderr.isatty() else "", file=sys.stderr)
+        for i, response in enumerate(result["responses"]):
+            lines = [textwrap.fill(line, 100) for line in response["text"].splitlines()]
+            print(f"\n[{i + 1}] {textwrap.shorten(texts[i], 95)}\n", *lines, sep="\n")
+        gb = {key: value / 1e9 for key, value in result["kv"].items()}
+        print(REPORT.format(**result, gb=gb, share=self.seconds["manager"] / seconds))

@@ -1,0 +1,249 @@
+"""Batched Llama 3 with a paged KV cache: fixed-size blocks, taken when a request needs them.
+
+    python llama3-paged.py 49                 answers the first 49 prompts, all at once
+    python llama3-paged.py 49 --kv-gb 0.2     does it in less memory, some at a time
+
+A request takes a block when its last one is full and leaves all behind for the next request when it
+ends. When the pool runs dry, the youngest request has to wait and is computed again.
+
+Not handled: checkpoints of more than one shard, several devices, top-p sampling.
+"""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import deque
+from contextlib import contextmanager
+from itertools import accumulate, chain, groupby
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+from kvcache import PagedCache, Stats, block_size_unit, blocks_for, flash_attn_with_kvcache
+
+# Throughout this program
+#     B  requests in the batch, one row each       H    query heads
+#     T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
+#     N  new tokens of all requests, end to end    D    size of a head
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+SMOLLM2 = HERE / "models" / "SmolLM2-135M-Instruct"
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+@contextmanager
+def or_exit(sentence):
+    """End the program with this sentence if the `with` block fails over what the user gave it."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        sys.exit(f"{sentence} ({type(error).__name__}: {error}).")
+
+
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
+add = parser.add_argument
+add("n", metavar="N", type=int, help="number of requests")
+add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
+add("--prompts", metavar="FILE", default=HERE / "sharegpt-filtered.json", help="ShareGPT's schema")
+add("--kv-gb", metavar="GB", type=float, help="cache budget (CPU: 1.4, CUDA: 90%% of what is free)")
+add("--max-seq-len", metavar="T", type=int, default=8192, help="prompt + answer (8192)")
+add("--max-new-tokens", metavar="T", type=int, default=256, help="answer (256)")
+add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
+add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
+add("--device", choices=DEVICES, default=DEVICES[-1])
+add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+add("--json", metavar="FILE", help="write statistics and answers there, too")
+
+# --- Llama 3 --------------------------------------------------------------------------------------
+
+
+def load(args):
+    """(params, weights by Meta's names less ".weight"), tokenizer and chat markup of args.model."""
+    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1:
+        parser.error("N, --max-seq-len and --max-new-tokens have to be at least 1")
+    with or_exit(f"--json {args.json} cannot be written"):
+        open(args.json or os.devnull, "a").close()
+    torch.manual_seed(args.seed)
+    build = [sys.executable, HERE / "models" / "smollm2.py"]
+    if args.model == SMOLLM2 and not SMOLLM2.exists() and subprocess.run(build).returncode:
+        sys.exit(1)
+    with or_exit(f"{args.model} is not a Llama 3 checkpoint of one shard, as Meta publishes it"):
+        params = json.loads((args.model / "params.json").read_text())
+        (shard,) = args.model.glob("consolidated.*.pth")
+        w = torch.load(shard, mmap=True, weights_only=True)
+        w = {name.removesuffix(".weight"): weight for name, weight in w.items()}
+        for i in range(params["n_layers"]):  # What multiplies the same vector becomes one matrix.
+            for module, parts in (("attention", "qkv"), ("feed_forward", "13")):
+                name = f"layers.{i}.{module}.w"
+                w[name + parts] = torch.cat([w.pop(name + part) for part in parts])
+        w.setdefault("output", w["tok_embeddings"])  # The small models of Llama 3.2 tie the two.
+        dtype = getattr(torch, args.dtype)
+        w = {name: weight.to(args.device, dtype) for name, weight in w.items()}
+        # A checkpoint whose tokenizer or chats are not Llama 3's says so in params.json.
+        chat = params.get("chat") or json.loads((HERE / "models" / "llama3-chat.json").read_text())
+        lines = (args.model / "tokenizer.model").read_bytes().splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        names = {"pat_str": chat["pattern"], "special_tokens": chat["special_tokens"]}
+        return (params, w), tiktoken.Encoding("", mergeable_ranks=ranks, **names), chat
+
+
+def rotations(params, positions):
+    """RoPE: e^(i angle) for each pair of dimensions at positions (N,), as (N, 1, D / 2)."""
+    exponents = torch.arange(0, 1, 2 * params["n_heads"] / params["dim"], dtype=torch.float64)
+    frequencies = params["rope_theta"] ** -exponents.to(positions.device)  # radians per position
+    if params.get("use_scaled_rope"):
+        # Llama 3.1: what turns less than once in the 8,192 positions of pre-training is slowed
+        # down, what turns more than four times is kept, and what lies between is blended.
+        kept = ((8192 * frequencies / (2 * torch.pi) - 1) / (4 - 1)).clamp(0, 1)
+        factor = 8 if params["dim"] >= 4096 else 32  # 3.1's, and that of the small models of 3.2.
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    angles = positions[:, None, None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def forward(model, new, seq_len, attend):
+    """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
+
+    new: a list of tokens for each row. attend(layer, rows, q, k, v) stores the keys and values of
+    these rows and returns the attention over all they have stored. Everything else sees each token
+    on its own, so the tokens of all rows go through it end to end, without padding.
+    """
+    params, w = model
+    H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
+    lengths = [len(tokens) for tokens in new]
+    spans = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
+    tokens, positions, ends = (
+        torch.tensor(list(numbers), device=w["norm"].device)
+        for numbers in (chain(*new), chain(*spans), accumulate(lengths))
+    )
+    # Neighbouring rows with equally many new tokens share a call of the kernel.
+    calls = [(T, list(rows)) for T, rows in groupby(range(len(new)), lengths.__getitem__)]
+    sizes = [T * len(rows) for T, rows in calls]
+    rotation = rotations(params, positions)
+    x = w["tok_embeddings"][tokens]  # (N, dim)
+    for i in range(params["n_layers"]):
+        name = f"layers.{i}."
+        y = F.rms_norm(x, x.shape[1:], w[name + "attention_norm"], eps)
+        qkv = F.linear(y, w[name + "attention.wqkv"]).unflatten(1, (H + 2 * Hkv, -1))
+        pairs = torch.view_as_complex(qkv[:, : H + Hkv].float().unflatten(2, (-1, 2)))
+        qkv[:, : H + Hkv] = torch.view_as_real(pairs * rotation).flatten(2)  # (N, H + 2 Hkv, D)
+        attended = []
+        for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
+            q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], dim=2)  # (B, T, H or Hkv, D)
+            attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
+        x = x + F.linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
+        y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
+        gate, up = F.linear(y, w[name + "feed_forward.w13"]).chunk(2, dim=1)
+        x = x + F.linear(F.silu(gate) * up, w[name + "feed_forward.w2"])
+    return F.linear(F.rms_norm(x[ends - 1], x.shape[1:], w["norm"], eps), w["output"])
+
+
+def choose(logits, temperature):
+    """The next token of each row, as a list."""
+    if temperature <= 0:
+        return logits.argmax(dim=1).tolist()
+    return (logits.float() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
+
+
+# --- Prompts --------------------------------------------------------------------------------------
+
+
+def read_prompts(args, encoding, chat):
+    """The first human turns of N conversations: their texts, and their tokens with chat markup."""
+    with or_exit(f"{args.prompts} is not a JSON file in ShareGPT's schema"):
+        conversations = json.loads(Path(args.prompts).read_text(encoding="utf-8"))
+        first = [turn for c in conversations for turn in c["conversations"][:1]]
+        texts = [turn["value"] for turn in first if turn["from"] in ("human", "user")]
+        if skipped := len(conversations) - len(texts):
+            print(f"{skipped} conversations do not begin with a human: skipped.", file=sys.stderr)
+        if not texts:
+            raise ValueError("no conversation begins with a human")
+        texts = [texts[i % len(texts)] for i in range(args.n)]
+    before = encoding.encode(chat["begin"] + chat["user"], allowed_special="all")
+    after = encoding.encode(chat["end"] + chat["assistant"], allowed_special="all")
+    # encode_ordinary: markup that a user typed stays text.
+    prompts = [[*before, *encoding.encode_ordinary(text), *after] for text in texts]
+    if (longest := max(map(len, prompts))) >= args.max_seq_len:
+        sys.exit(f"--max-seq-len {args.max_seq_len} is too short for a prompt of {longest} tokens.")
+    return texts, prompts
+
+
+parser.add_argument("--block-size", metavar="T", type=int, help="16; 256 with flash-attn")
+
+# --- Generate -------------------------------------------------------------------------------------
+
+
+def generate(model, cache, tokens, limits, stop, args, stats):
+    """Continue each list in `tokens`, in place, until a stop token or its limit ends it."""
+    waiting, running = deque(range(len(tokens))), []  # Request running[row] is in that row.
+
+    def attend(layer, rows, q, k, v):
+        return flash_attn_with_kvcache(
+            q, cache.pool[:, layer, 0], cache.pool[:, layer, 1], k, v,
+            cache_seqlens=seq_len[rows], block_table=block_table[rows], causal=True,
+        )  # fmt: skip
+
+    while waiting or running:
+        prefill = 0  # Prompt tokens in this step; enough of them fill the machine.
+        with stats.clock("manager"):
+            while not cache.can_grow():
+                cache.release([len(running) - 1])
+                waiting.appendleft(running.pop())
+                stats.preemptions += 1
+            cache.grow()
+            while waiting and prefill < 2048 and cache.can_admit(len(tokens[waiting[0]])):
+                running.append(waiting.popleft())
+                prefill += len(tokens[running[-1]])
+                cache.admit(len(tokens[running[-1]]))
+            seq_len, block_table = cache.tables()
+        new = [tokens[r][n:] for r, n in zip(running, seq_len.tolist(), strict=True)]
+        with stats.clock("prefill" if prefill else "decode"):
+            chosen = choose(forward(model, new, seq_len, attend), args.temperature)
+        for request, token in zip(running, chosen, strict=True):
+            tokens[request].append(token)
+        with stats.clock("manager"):
+            cache.advance([len(t) for t in new])
+            stats.sample(len(running), len(waiting), *cache.usage())
+            ended = [len(tokens[r]) >= limits[r] or tokens[r][-1] in stop for r in running]
+            cache.release([row for row, end in enumerate(ended) if end])
+            running = [r for r, end in zip(running, ended, strict=True) if not end]
+
+
+@torch.inference_mode()
+def main(argv=None):
+    args = parser.parse_args(argv)
+    model, encoding, chat = load(args)
+    texts, prompts = read_prompts(args, encoding, chat)
+    stats = Stats(args, model[0])
+    dtype = getattr(torch, args.dtype)
+    unit = block_size_unit(args.device, dtype)
+    size = max(16, unit) if args.block_size is None else args.block_size
+    if size < 1 or size % unit:
+        sys.exit(f"--block-size {size} does not work, this kernel takes multiples of {unit}.")
+    room = stats.budget // (size * stats.bytes_per_token)
+    limits = [min(len(prompt) + args.max_new_tokens, args.max_seq_len) for prompt in prompts]
+    if (need := blocks_for(max(limits), size)) > room:
+        sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
+    with or_exit(f"{stats.budget / 1e9:.2f} GB for the KV cache (--kv-gb) cannot be had"):
+        cache = PagedCache(room, size, args.n, args.max_seq_len, stats.shape, dtype, args.device)
+    stop = {chat["special_tokens"][name] for name in chat["stop"]}
+    tokens = [list(prompt) for prompt in prompts]
+    try:
+        generate(model, cache, tokens, limits, stop, args, stats)
+    finally:  # Ctrl-C, too, leaves the answers and statistics so far.
+        stats.report(texts, prompts, tokens, encoding.decode, stop)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
