@@ -199,16 +199,14 @@ class PagedCache:
 
 REPORT = """
 Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
-Time               {time[prefill_s]:.1f} s prefill, {time[decode_s]:.1f} s decode, \
-{time[steps]} steps: {time[tokens_per_s]:.0f} tokens/s
-Manager            {time[manager_s]:.3f} s, {share:.2%} of that; {preemptions} preemptions
-Max batch          {max_batch[peak]} at once in this run, {max_batch[fits]} would fit, \
-naive fits {max_batch[naive_fits]}
+Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode, {steps} steps
+Speed              {tokens_per_s:.0f} generated tokens/s
+Manager            {manager_s:.3f} s, {share:.2%} of the time; {preemptions} preemptions
+Max batch          {peak} in this run, {fits} would fit, naive fits {naive_fits}
 Reserved           {gb[peak_reserved_bytes]:.3f} GB of {gb[budget_bytes]:.3f} GB at the peak
 Used               {gb[peak_used_bytes]:.3f} GB
-Fragmented         {kv[fragmented_of_reserved]:.2%} of reserved, \
-{kv[mean_fragmented_of_reserved]:.2%} in the mean over all steps
-Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({kv[fragmented_of_budget]:.2%})"""
+Fragmented         {fragmented_of_reserved:.2%} of reserved; mean {mean_fragmented_of_reserved:.2%}
+Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({fragmented_of_budget:.2%})"""
 
 
 class Stats:
@@ -296,5 +294,6 @@ class Stats:
         for i, response in enumerate(result["responses"]):
             lines = [textwrap.fill(line, 100) for line in response["text"].splitlines()]
             print(f"\n[{i + 1}] {textwrap.shorten(texts[i], 95)}\n", *lines, sep="\n")
+        flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}
         gb = {key: value / 1e9 for key, value in result["kv"].items()}
-        print(REPORT.format(**result, gb=gb, share=self.seconds["manager"] / seconds))
+        print(REPORT.format(**flat, gb=gb, share=self.seconds["manager"] / seconds))

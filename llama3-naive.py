@@ -176,7 +176,7 @@ def read_prompts(args, encoding, chat):
     return texts, prompts
 
 
-# --- Generate -------------------------------------------------------------------------------------
+# --- KV cache -------------------------------------------------------------------------------------
 
 
 def generate(model, cache, tokens, limits, stop, args, stats):

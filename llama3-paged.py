@@ -176,9 +176,9 @@ def read_prompts(args, encoding, chat):
     return texts, prompts
 
 
-parser.add_argument("--block-size", metavar="T", type=int, help="16; 256 with flash-attn")
+# --- KV cache -------------------------------------------------------------------------------------
 
-# --- Generate -------------------------------------------------------------------------------------
+parser.add_argument("--block-size", metavar="T", type=int, help="16; 256 with flash-attn")
 
 
 def generate(model, cache, tokens, limits, stop, args, stats):

