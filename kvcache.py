@@ -184,10 +184,11 @@ class PagedCache:
         """Free the blocks of these rows at once; the rows behind them move up."""
         for row in rows:
             self.blocks.free(self.block_table[row, : self.n_blocks[row]].tolist())
-        keep = [row for row in range(self.n_rows) if row not in rows]
-        for state in (self.block_table, self.seq_len, self.n_blocks) if rows else ():
-            state[: len(keep)] = state[keep]
-        self.n_rows = len(keep)
+        first = min(rows, default=self.n_rows)
+        keep = [row for row in range(first, self.n_rows) if row not in rows]
+        for state in (self.block_table, self.seq_len, self.n_blocks):
+            state[first : first + len(keep)] = state[keep]
+        self.n_rows = first + len(keep)
 
     def usage(self):
         """Slots reserved, and slots that hold a token."""
@@ -199,9 +200,8 @@ class PagedCache:
 
 REPORT = """
 Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
-Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode, {steps} steps
-Speed              {tokens_per_s:.0f} generated tokens/s
-Manager            {manager_s:.3f} s, {share:.2%} of the time; {preemptions} preemptions
+Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode: {tokens_per_s:.0f} tokens/s
+Manager            {manager_s:.3f} s in {steps} steps, {share:.2%} of it; {preemptions} preemptions
 Max batch          {peak} in this run, {fits} would fit, naive fits {naive_fits}
 Reserved           {gb[peak_reserved_bytes]:.3f} GB of {gb[budget_bytes]:.3f} GB at the peak
 Used               {gb[peak_used_bytes]:.3f} GB
@@ -217,18 +217,17 @@ class Stats:
     """
 
     def __init__(self, args, params):
-        head_dim, dtype = params["dim"] // params["n_heads"], getattr(torch, args.dtype)
+        head_dim, self.dtype = params["dim"] // params["n_heads"], getattr(torch, args.dtype)
         self.args, self.shape = args, (params["n_layers"], params["n_kv_heads"], head_dim)
-        self.bytes_per_token = 2 * math.prod(self.shape) * dtype.itemsize
+        self.bytes_per_token = size = 2 * math.prod(self.shape) * self.dtype.itemsize
         free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 0
         self.budget = int(1e9 * args.kv_gb if args.kv_gb is not None else 0.9 * free or 1.4e9)
-        self.naive_fits = self.budget // (args.max_seq_len * self.bytes_per_token)
+        self.naive_fits = self.budget // (args.max_seq_len * size)
         self.samples = []  # (requests running, bytes reserved, bytes used) of each step
         self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0}
         self.preemptions = 0
-        held = f"{self.budget / 1e9:.2f} GB, {self.budget // self.bytes_per_token:,} tokens"
-        print(f"KV cache of {held} of {self.bytes_per_token:,} bytes.", end=" ")
-        print(f"{args.max_seq_len:,} slots a request: {self.naive_fits} fit.", flush=True)
+        fits = f"{self.budget // size:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
+        print(f"KV cache: {self.budget / 1e9:.2f} GB, {size:,} bytes a token: {fits}.", flush=True)
 
     @contextmanager
     def clock(self, name):
@@ -257,13 +256,13 @@ class Stats:
         _, reserved, used = max(samples, key=lambda sample: sample[1:])
         waste = [1 - u / r for _, r, u in samples if r] or [0]
         fits = self.budget * sum(n for n, _, _ in samples) // (sum(r for _, r, _ in samples) or 1)
-        args, git = self.args, ["git", "-C", Path(__file__).parent, "rev-parse", "--short", "HEAD"]
+        args, git = self.args, f"git -C '{Path(__file__).parent}' rev-parse --short HEAD"
         # fmt: off
         result = {
             "script": Path(sys.argv[0]).name, "model": args.model.name,
             "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
             "dtype": args.dtype, "torch": torch.__version__,
-            "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+            "commit": subprocess.getoutput(f"{git} 2>/dev/null"),
             "args": vars(args), "requests": args.n, "prompt_tokens": sum(map(len, prompts)),
             "generated_tokens": sum(map(len, answers)), "preemptions": self.preemptions,
             "kv": {
@@ -296,4 +295,5 @@ class Stats:
             print(f"\n[{i + 1}] {textwrap.shorten(texts[i], 95)}\n", *lines, sep="\n")
         flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}
         gb = {key: value / 1e9 for key, value in result["kv"].items()}
-        print(REPORT.format(**flat, gb=gb, share=self.seconds["manager"] / seconds))
+        share = self.seconds["manager"] / seconds
+        print(REPORT.format(**flat, gb=gb, share=share), flush=True)

@@ -112,9 +112,8 @@ def rotations(params, positions):
 def forward(model, new, seq_len, attend):
     """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
 
-    new: a list of tokens for each row. attend(layer, rows, q, k, v) stores the keys and values of
-    these rows and returns the attention over all they have stored. Everything else sees each token
-    on its own, so the tokens of all rows go through it end to end, without padding.
+    new: a list of tokens for each row; they run through the layers end to end, without padding.
+    attend(layer, rows, q, k, v) stores these rows' keys and values and attends to all they have.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
@@ -219,7 +218,7 @@ def main(argv=None):
     n_layers, n_kv_heads, head_dim = stats.shape
     shape = (2, n_layers, args.n, args.max_seq_len, n_kv_heads, head_dim)
     with or_exit(f"{need / 1e9:.2f} GB for the KV cache cannot be had"):
-        cache = torch.empty(shape, dtype=getattr(torch, args.dtype), device=args.device)
+        cache = torch.empty(shape, dtype=stats.dtype, device=args.device)
     limits = [min(len(prompt) + args.max_new_tokens, args.max_seq_len) for prompt in prompts]
     stop = {chat["special_tokens"][name] for name in chat["stop"]}
     tokens = [list(prompt) for prompt in prompts]
@@ -232,5 +231,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or `| head` has seen enough.
+        os._exit(130)

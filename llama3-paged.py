@@ -112,9 +112,8 @@ def rotations(params, positions):
 def forward(model, new, seq_len, attend):
     """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
 
-    new: a list of tokens for each row. attend(layer, rows, q, k, v) stores the keys and values of
-    these rows and returns the attention over all they have stored. Everything else sees each token
-    on its own, so the tokens of all rows go through it end to end, without padding.
+    new: a list of tokens for each row; they run through the layers end to end, without padding.
+    attend(layer, rows, q, k, v) stores these rows' keys and values and attends to all they have.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
@@ -223,8 +222,7 @@ def main(argv=None):
     model, encoding, chat = load(args)
     texts, prompts = read_prompts(args, encoding, chat)
     stats = Stats(args, model[0])
-    dtype = getattr(torch, args.dtype)
-    unit = block_size_unit(args.device, dtype)
+    unit = block_size_unit(args.device, stats.dtype)
     size = max(16, unit) if args.block_size is None else args.block_size
     if size < 1 or size % unit:
         sys.exit(f"--block-size {size} does not work, this kernel takes multiples of {unit}.")
@@ -233,7 +231,9 @@ def main(argv=None):
     if (need := blocks_for(max(limits), size)) > room:
         sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
     with or_exit(f"{stats.budget / 1e9:.2f} GB for the KV cache (--kv-gb) cannot be had"):
-        cache = PagedCache(room, size, args.n, args.max_seq_len, stats.shape, dtype, args.device)
+        cache = PagedCache(
+            room, size, args.n, args.max_seq_len, stats.shape, stats.dtype, args.device
+        )
     stop = {chat["special_tokens"][name] for name in chat["stop"]}
     tokens = [list(prompt) for prompt in prompts]
     try:
@@ -245,5 +245,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or `| head` has seen enough.
+        os._exit(130)
