@@ -143,8 +143,8 @@ class PagedCache:
         self.n_rows = 0
 
     def can_admit(self, n_tokens):
-        """Whether there are blocks for a new request of n_tokens."""
-        return blocks_for(n_tokens, self.block_size) <= len(self.blocks.free_ids)
+        """Whether there are blocks for n_tokens, and one for each row to grow into before long."""
+        return blocks_for(n_tokens, self.block_size) + self.n_rows <= len(self.blocks.free_ids)
 
     def admit(self, n_tokens):
         """Add an empty row with blocks for n_tokens. Raises OutOfBlocks before any change."""

@@ -79,14 +79,13 @@ def load(args):
         params = json.loads((args.model / "params.json").read_text())
         (shard,) = args.model.glob("consolidated.*.pth")
         w = torch.load(shard, mmap=True, weights_only=True)
-        w = {name.removesuffix(".weight"): weight for name, weight in w.items()}
+        to = (args.device, getattr(torch, args.dtype))
+        w = {name.removesuffix(".weight"): weight.to(*to) for name, weight in w.items()}
         for i in range(params["n_layers"]):  # What multiplies the same vector becomes one matrix.
             for module, parts in (("attention", "qkv"), ("feed_forward", "13")):
                 name = f"layers.{i}.{module}.w"
                 w[name + parts] = torch.cat([w.pop(name + part) for part in parts])
         w.setdefault("output", w["tok_embeddings"])  # The small models of Llama 3.2 tie the two.
-        dtype = getattr(torch, args.dtype)
-        w = {name: weight.to(args.device, dtype) for name, weight in w.items()}
         # A checkpoint whose tokenizer or chats are not Llama 3's says so in params.json.
         chat = params.get("chat") or json.loads((HERE / "models" / "llama3-chat.json").read_text())
         lines = (args.model / "tokenizer.model").read_bytes().splitlines()

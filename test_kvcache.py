@@ -311,7 +311,9 @@ class PagedCacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.rows) < self.MAX_ROWS)
     @rule(n=st.integers(1, 20))
     def admit(self, n):
-        if self.cache.can_admit(n):
+        need, free = -(-n // self.BLOCK_SIZE), len(self.cache.blocks.free_ids)
+        assert self.cache.can_admit(n) == (need + len(self.rows) <= free)
+        if need <= free:
             self.cache.admit(n)
             self.rows.append([])
             self.store([0] * (len(self.rows) - 1) + [n])
@@ -399,11 +401,11 @@ def test_naive_equals_plain_forward(tmp_path, variant):
 @pytest.mark.parametrize("tight", [False, True])
 def test_paged_equals_plain_forward(tmp_path, tiny, block_size, tight):
     """Prompts that end just before, at and after a block; tight: hardly room for the longest."""
-    lengths = [block_size - 1, block_size, block_size + 1, 2 * block_size, 5, 33, 40]
+    lengths = [block_size - 1, block_size, block_size, block_size + 1, 2 * block_size, 5, 33, 40]
     texts = [text_of(n - 2, seed=n) for n in lengths if n > 2]
     limit, options = 40, []
     if tight:
-        blocks = kvcache.blocks_for(max(lengths) + limit, block_size) + 1
+        blocks = kvcache.blocks_for(max(lengths) + limit, block_size) + 2
         options = ["--kv-gb", blocks * block_size * BYTES_PER_TOKEN / 1e9]
     result = run(PAGED, tiny, tmp_path, texts, "--max-new-tokens", limit,
                  "--block-size", block_size, "--max-seq-len", 700, *options)  # fmt: skip
@@ -418,7 +420,7 @@ def test_many_preemptions(tmp_path, tiny):
     texts = [text_of(3 + n, seed=n) for n in range(8)]
     budget = ["--kv-gb", 80 * BYTES_PER_TOKEN / 1e9]
     result = run(PAGED, tiny, tmp_path, texts, "--max-new-tokens", 60, "--block-size", 3, *budget)
-    assert result["preemptions"] > 15
+    assert result["preemptions"] > 10
     assert answers(result) == [plain_generate(tiny, tiny_prompt(text), 60) for text in texts]
 
 
