@@ -30,10 +30,9 @@ except ImportError:
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def block_size_unit(device, dtype):
-    """Block sizes have to be multiples of this: 256 where flash-attn 2 runs, 1 elsewhere."""
-    half_on_cuda = torch.device(device).type == "cuda" and dtype != torch.float32
-    return 256 if flash_attn_kernel and half_on_cuda else 1
+def runs_flash_attn(device, dtype):
+    """Whether attention is flash-attn's kernel. It takes blocks of 256 tokens, or a multiple."""
+    return flash_attn_kernel and torch.device(device).type == "cuda" and dtype != torch.float32
 
 
 def flash_attn_with_kvcache(
@@ -46,7 +45,7 @@ def flash_attn_with_kvcache(
     width). causal: the last query sees all keys, the one before it all but the last, and so on.
     Returns (B, T, H, D). What lies behind the end of a row is never read.
     """
-    if block_size_unit(q.device, q.dtype) > 1:
+    if runs_flash_attn(q.device, q.dtype):
         return flash_attn_kernel(
             q, k_cache, v_cache, k, v,
             cache_seqlens=cache_seqlens, block_table=block_table, causal=causal,
@@ -72,9 +71,9 @@ def flash_attn_with_kvcache(
         mask = None
         if causal and n > T > 1:  # SDPA's is_causal would show the first query only the first key.
             mask = torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
-        # The heads of a single query that share keys can be queries of one head. The keys are then
-        # read once, which takes a third of the time of enable_gqa on a CPU.
-        queries = q[row].view(Hkv, H // Hkv, D) if T == 1 else q[row].transpose(0, 1)  # (H, T, D)
+        # For a single token, the H / Hkv heads that share keys go in as that many queries of one
+        # head, so that the keys are read once: a third of the time of enable_gqa on a CPU.
+        queries = q[row].view(Hkv, H // Hkv, D) if T == 1 else q[row].transpose(0, 1)
         attended = F.scaled_dot_product_attention(
             queries[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None],
             attn_mask=mask, is_causal=causal and n == T > 1, enable_gqa=T > 1,
@@ -100,7 +99,7 @@ class BlockPool:
 
     def __init__(self, n_blocks):
         self.free_ids = list(reversed(range(n_blocks)))  # A stack: freed last, taken first.
-        self.ref_count = [0] * n_blocks  # How many rows of the block table name each block.
+        self.ref_count = [0] * n_blocks  # Rows that name each block: 0 or 1, while none is shared.
 
     def alloc(self, n):
         """Take n blocks and return their ids. Raises OutOfBlocks before it takes anything."""
@@ -123,57 +122,57 @@ class BlockPool:
 class PagedCache:
     """Keys and values of a batch whose requests come and go: rows 0 .. n_rows - 1, oldest first.
 
-    In each step the caller lets rows grow() and requests admit(), so that all new tokens have
-    slots, runs the model over tables(), then calls advance(). The cost of a step is a few
-    operations on vectors of one number per row, however long the rows are.
+    In each step the caller calls grow() and admit(), so that all new tokens have slots, runs the
+    model over tables(), and calls advance(). While no request comes or goes, that is a few
+    operations on vectors with one number per row, however long the rows are.
     """
 
     def __init__(self, n_blocks, block_size, max_rows, max_seq_len, shape, dtype, device):
         """shape: (L, Hkv, D). Takes the memory of n_blocks * block_size tokens."""
         L, Hkv, D = shape
-        self.block_size, self.blocks = block_size, BlockPool(n_blocks)
-        # Block-major: a block is one piece of memory with all its layers, and pool[:, layer, 0] is
-        # a layer's key cache as the attention call takes it.
-        self.pool = torch.empty(n_blocks, L, 2, block_size, Hkv, D, dtype=dtype, device=device)
+        # Block-major: a block is one piece of memory with all its layers, and kv[:, layer, 0] is a
+        # layer's key cache as the attention call takes it.
+        self.kv = torch.empty(n_blocks, L, 2, block_size, Hkv, D, dtype=dtype, device=device)
+        self.block_size, self.pool = block_size, BlockPool(n_blocks)
         width = blocks_for(max_seq_len, block_size)
         self.block_table = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
-        # The manager decides on the CPU, so what it looks at stays there.
+        # The lengths that the manager looks at in each step stay on the CPU.
         self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored, new ones excluded.
-        self.n_blocks = torch.zeros(max_rows, dtype=torch.int32)  # Blocks that the row has.
+        self.n_owned = torch.zeros(max_rows, dtype=torch.int32)  # Blocks that the row has.
         self.n_rows = 0
 
     def can_admit(self, n_tokens):
         """Whether there are blocks for n_tokens, and one for each row to grow into before long."""
-        return blocks_for(n_tokens, self.block_size) + self.n_rows <= len(self.blocks.free_ids)
+        return blocks_for(n_tokens, self.block_size) + self.n_rows <= len(self.pool.free_ids)
 
     def admit(self, n_tokens):
         """Add an empty row with blocks for n_tokens. Raises OutOfBlocks before any change."""
-        ids = self.blocks.alloc(blocks_for(n_tokens, self.block_size))
+        ids = self.pool.alloc(blocks_for(n_tokens, self.block_size))
         self.block_table[self.n_rows, : len(ids)] = self.block_table.new_tensor(ids)
-        self.seq_len[self.n_rows], self.n_blocks[self.n_rows] = 0, len(ids)
+        self.seq_len[self.n_rows], self.n_owned[self.n_rows] = 0, len(ids)
         self.n_rows += 1
 
     def full_rows(self):
         """The rows without a slot for one more token."""
-        seq_len, n_blocks = self.seq_len[: self.n_rows], self.n_blocks[: self.n_rows]
-        return (seq_len >= n_blocks * self.block_size).nonzero().flatten()
+        seq_len, n_owned = self.seq_len[: self.n_rows], self.n_owned[: self.n_rows]
+        return (seq_len >= n_owned * self.block_size).nonzero().flatten()
 
     def can_grow(self):
         """Whether there is a block for each full row."""
-        return len(self.full_rows()) <= len(self.blocks.free_ids)
+        return len(self.full_rows()) <= len(self.pool.free_ids)
 
     def grow(self):
         """Give each full row a block, all at once. Raises OutOfBlocks before any change."""
         rows = self.full_rows()
-        ids = self.blocks.alloc(len(rows))
+        ids = self.pool.alloc(len(rows))
         if ids:
-            self.block_table[rows, self.n_blocks[rows]] = self.block_table.new_tensor(ids)
-            self.n_blocks[rows] += 1
+            self.block_table[rows, self.n_owned[rows]] = self.block_table.new_tensor(ids)
+            self.n_owned[rows] += 1
 
     def tables(self):
         """seq_len (n_rows,) and block_table (n_rows, blocks of the longest row) for the kernel."""
-        width = int(self.n_blocks[: self.n_rows].max())
-        seq_len = self.seq_len[: self.n_rows].to(self.block_table.device, copy=True)
+        width = int(self.n_owned[: self.n_rows].max())
+        seq_len = self.seq_len[: self.n_rows].to(self.block_table.device)
         return seq_len, self.block_table[: self.n_rows, :width]
 
     def advance(self, n_new):
@@ -183,16 +182,16 @@ class PagedCache:
     def release(self, rows):
         """Free the blocks of these rows at once; the rows behind them move up."""
         for row in rows:
-            self.blocks.free(self.block_table[row, : self.n_blocks[row]].tolist())
+            self.pool.free(self.block_table[row, : self.n_owned[row]].tolist())
         first = min(rows, default=self.n_rows)
         keep = [row for row in range(first, self.n_rows) if row not in rows]
-        for state in (self.block_table, self.seq_len, self.n_blocks):
+        for state in (self.block_table, self.seq_len, self.n_owned):
             state[first : first + len(keep)] = state[keep]
         self.n_rows = first + len(keep)
 
     def usage(self):
         """Slots reserved, and slots that hold a token."""
-        taken = len(self.blocks.ref_count) - len(self.blocks.free_ids)
+        taken = len(self.pool.ref_count) - len(self.pool.free_ids)
         return taken * self.block_size, int(self.seq_len[: self.n_rows].sum())
 
 
@@ -202,7 +201,7 @@ REPORT = """
 Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
 Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode: {tokens_per_s:.0f} tokens/s
 Manager            {manager_s:.3f} s in {steps} steps, {share:.2%} of it; {preemptions} preemptions
-Max batch          {peak} in this run, {fits} would fit, naive fits {naive_fits}
+Max batch          {peak} in this run, {fits} would fit on average, naive fits {naive_fits}
 Reserved           {gb[peak_reserved_bytes]:.3f} GB of {gb[budget_bytes]:.3f} GB at the peak
 Used               {gb[peak_used_bytes]:.3f} GB
 Fragmented         {fragmented_of_reserved:.2%} of reserved; mean {mean_fragmented_of_reserved:.2%}
@@ -210,7 +209,7 @@ Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({fragmented_of_budget:.2%})"""
 
 
 class Stats:
-    """What a run reserves, uses and takes, in bytes (1e9 to a GB) and seconds.
+    """The budget of the KV cache and what a run makes of it, in bytes (1e9 to a GB) and seconds.
 
     reserved: no other request can have it. used: it holds a token of a request that still runs.
     fragmented: reserved - used. Sampled once a step, before anything is freed.
@@ -252,14 +251,14 @@ class Stats:
         answers = [both[len(prompt) :] for prompt, both in zip(prompts, tokens, strict=True)]
         seconds = self.seconds["prefill"] + self.seconds["decode"] or 1
         samples = self.samples or [(0, 0, 0)]
-        # Where reserved stays at its peak, the step that uses most of it counts.
+        # Of the steps that reserve most, the one that uses most of it.
         _, reserved, used = max(samples, key=lambda sample: sample[1:])
         waste = [1 - u / r for _, r, u in samples if r] or [0]
         fits = self.budget * sum(n for n, _, _ in samples) // (sum(r for _, r, _ in samples) or 1)
-        args, git = self.args, f"git -C '{Path(__file__).parent}' rev-parse --short HEAD"
+        args, git = self.args, f'git -C "{Path(__file__).parent}" rev-parse --short HEAD'
         # fmt: off
         result = {
-            "script": Path(sys.argv[0]).name, "model": args.model.name,
+            "script": Path(sys.argv[0]).name, "model": args.model.resolve().name,
             "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
             "dtype": args.dtype, "torch": torch.__version__,
             "commit": subprocess.getoutput(f"{git} 2>/dev/null"),
@@ -289,10 +288,11 @@ class Stats:
         # fmt: on
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1, default=str))
+        sys.stdout.reconfigure(errors="replace")  # Whatever the terminal can show.
         print(end="\r\033[K" if sys.stderr.isatty() else "", file=sys.stderr)
         for i, response in enumerate(result["responses"]):
             lines = [textwrap.fill(line, 100) for line in response["text"].splitlines()]
-            print(f"\n[{i + 1}] {textwrap.shorten(texts[i], 95)}\n", *lines, sep="\n")
+            print(f"\n[{i + 1}] {' '.join(texts[i].split())[:95]}\n", *lines, sep="\n")
         flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}
         gb = {key: value / 1e9 for key, value in result["kv"].items()}
         share = self.seconds["manager"] / seconds

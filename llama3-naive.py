@@ -29,7 +29,7 @@ from kvcache import Stats, flash_attn_with_kvcache
 # Throughout this program
 #     B  requests in the batch, one row each       H    query heads
 #     T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
-#     N  new tokens of all requests, end to end    D    size of a head
+#     N  new tokens of all requests, concatenated  D    size of a head
 
 # --- Arguments ------------------------------------------------------------------------------------
 
@@ -40,25 +40,25 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 @contextmanager
 def or_exit(sentence):
-    """End the program with this sentence if the `with` block fails over what the user gave it."""
+    """End the program with this sentence if the `with` block fails because of the user's input."""
     try:
         yield
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        sys.exit(f"{sentence} ({type(error).__name__}: {error}).")
+    except Exception as error:
+        sys.exit(" ".join(f"{sentence} ({type(error).__name__}: {error}".split())[:250] + ").")
 
 
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
 add = parser.add_argument
-add("n", metavar="N", type=int, help="number of requests")
+add("n", metavar="REQUESTS", type=int, help="after the last prompt, the first comes again")
 add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
 add("--prompts", metavar="FILE", default=HERE / "sharegpt-filtered.json", help="ShareGPT's schema")
 add("--kv-gb", metavar="GB", type=float, help="cache budget (CPU: 1.4, CUDA: 90%% of what is free)")
-add("--max-seq-len", metavar="T", type=int, default=8192, help="prompt + answer (8192)")
-add("--max-new-tokens", metavar="T", type=int, default=256, help="answer (256)")
+add("--max-seq-len", metavar="LEN", type=int, default=8192, help="tokens, prompt + answer (8192)")
+add("--max-new-tokens", metavar="LEN", type=int, default=256, help="tokens of an answer (256)")
 add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
-add("--device", choices=DEVICES, default=DEVICES[-1])
+add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
 add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
 add("--json", metavar="FILE", help="write statistics and answers there, too")
 
@@ -66,16 +66,16 @@ add("--json", metavar="FILE", help="write statistics and answers there, too")
 
 
 def load(args):
-    """(params, weights by Meta's names less ".weight"), tokenizer and chat markup of args.model."""
-    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1:
-        parser.error("N, --max-seq-len and --max-new-tokens have to be at least 1")
+    """Check args; return --model's (params, weights by Meta's names), tokenizer, chat markup."""
+    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1 or not 0 <= (args.kv_gb or 0) < 1e6:
+        parser.error("REQUESTS, --max-seq-len and --max-new-tokens start at 1, --kv-gb at 0")
     with or_exit(f"--json {args.json} cannot be written"):
-        open(args.json or os.devnull, "a").close()
-    torch.manual_seed(args.seed)
+        open(args.json or os.devnull, "a").close()  # Better now than after the run.
+    torch.manual_seed(args.seed % 2**63)
     build = [sys.executable, HERE / "models" / "smollm2.py"]
     if args.model == SMOLLM2 and not SMOLLM2.exists() and subprocess.run(build).returncode:
         sys.exit(1)
-    with or_exit(f"{args.model} is not a Llama 3 checkpoint of one shard, as Meta publishes it"):
+    with or_exit(f"{args.model} cannot be loaded as a Llama 3 checkpoint of one shard"):
         params = json.loads((args.model / "params.json").read_text())
         (shard,) = args.model.glob("consolidated.*.pth")
         w = torch.load(shard, mmap=True, weights_only=True)
@@ -111,18 +111,18 @@ def rotations(params, positions):
 def forward(model, new, seq_len, attend):
     """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
 
-    new: a list of tokens for each row; they run through the layers end to end, without padding.
-    attend(layer, rows, q, k, v) stores these rows' keys and values and attends to all they have.
+    new: a list of tokens for each row; concatenated, they need no padding. attend(layer, rows,
+    q, k, v) stores the keys and values of these rows (a slice) in place and attends to all of them.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
     lengths = [len(tokens) for tokens in new]
-    spans = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
+    places = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
     tokens, positions, ends = (
         torch.tensor(list(numbers), device=w["norm"].device)
-        for numbers in (chain(*new), chain(*spans), accumulate(lengths))
+        for numbers in (chain(*new), chain(*places), accumulate(lengths))
     )
-    # Neighbouring rows with equally many new tokens share a call of the kernel.
+    # One attention call for each run of neighbouring rows with equally many new tokens.
     calls = [(T, list(rows)) for T, rows in groupby(range(len(new)), lengths.__getitem__)]
     sizes = [T * len(rows) for T, rows in calls]
     rotation = rotations(params, positions)
@@ -135,7 +135,9 @@ def forward(model, new, seq_len, attend):
         qkv[:, : H + Hkv] = torch.view_as_real(pairs * rotation).flatten(2)  # (N, H + 2 Hkv, D)
         attended = []
         for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
-            q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], dim=2)  # (B, T, H or Hkv, D)
+            q, k, v = part.unflatten(0, (-1, T)).split(
+                [H, Hkv, Hkv], dim=2
+            )  # (rows, T, H or Hkv, D)
             attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
         x = x + F.linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
         y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
@@ -146,29 +148,29 @@ def forward(model, new, seq_len, attend):
 
 def choose(logits, temperature):
     """The next token of each row, as a list."""
-    if temperature <= 0:
+    if not temperature > 0:
         return logits.argmax(dim=1).tolist()
-    return (logits.float() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
+    return (logits.double() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
 
 
 # --- Prompts --------------------------------------------------------------------------------------
 
 
 def read_prompts(args, encoding, chat):
-    """The first human turns of N conversations: their texts, and their tokens with chat markup."""
+    """The first human turns of args.n conversations: texts, and their tokens with chat markup."""
+    before = encoding.encode(chat["begin"] + chat["user"], allowed_special="all")
+    after = encoding.encode(chat["end"] + chat["assistant"], allowed_special="all")
     with or_exit(f"{args.prompts} is not a JSON file in ShareGPT's schema"):
-        conversations = json.loads(Path(args.prompts).read_text(encoding="utf-8"))
+        conversations = json.loads(Path(args.prompts).read_text(encoding="utf-8-sig"))
         first = [turn for c in conversations for turn in c["conversations"][:1]]
-        texts = [turn["value"] for turn in first if turn["from"] in ("human", "user")]
+        texts = [t["value"] for t in first if t["from"] in ("human", "user") and t["value"]]
         if skipped := len(conversations) - len(texts):
             print(f"{skipped} conversations do not begin with a human: skipped.", file=sys.stderr)
         if not texts:
             raise ValueError("no conversation begins with a human")
         texts = [texts[i % len(texts)] for i in range(args.n)]
-    before = encoding.encode(chat["begin"] + chat["user"], allowed_special="all")
-    after = encoding.encode(chat["end"] + chat["assistant"], allowed_special="all")
-    # encode_ordinary: markup that a user typed stays text.
-    prompts = [[*before, *encoding.encode_ordinary(text), *after] for text in texts]
+        # encode_ordinary: markup that a user typed stays text.
+        prompts = [[*before, *encoding.encode_ordinary(text), *after] for text in texts]
     if (longest := max(map(len, prompts))) >= args.max_seq_len:
         sys.exit(f"--max-seq-len {args.max_seq_len} is too short for a prompt of {longest} tokens.")
     return texts, prompts
@@ -198,6 +200,7 @@ def generate(model, cache, tokens, limits, stop, args, stats):
             seq_len[row] += len(new[row])
             tokens[row].append(chosen[row])
         used = sum(seq_len[list(running)].tolist())
+        # The batch is static, so whoever has ended still counts as running.
         stats.sample(len(tokens), 0, len(tokens) * args.max_seq_len, used)
         running = {r for r in running if tokens[r][-1] not in stop and len(tokens[r]) < limits[r]}
 

