@@ -96,8 +96,9 @@ def load(args):
 
 def rotations(params, positions):
     """RoPE: e^(i angle) for each pair of dimensions at positions (N,), as (N, 1, D / 2)."""
-    exponents = torch.arange(0, 1, 2 * params["n_heads"] / params["dim"], dtype=torch.float64)
-    frequencies = params["rope_theta"] ** -exponents.to(positions.device)  # radians per position
+    D = params["dim"] // params["n_heads"]
+    exponents = torch.arange(0, D, 2, dtype=torch.float64, device=positions.device) / D
+    frequencies = params["rope_theta"] ** -exponents  # radians per position
     if params.get("use_scaled_rope"):
         # Llama 3.1: what turns less than once in the 8,192 positions of pre-training is slowed
         # down, what turns more than four times is kept, and what lies between is blended.
@@ -131,13 +132,12 @@ def forward(model, new, seq_len, attend):
         name = f"layers.{i}."
         y = F.rms_norm(x, x.shape[1:], w[name + "attention_norm"], eps)
         qkv = F.linear(y, w[name + "attention.wqkv"]).unflatten(1, (H + 2 * Hkv, -1))
+        # RoPE in Meta's layout: neighbouring dimensions of q and k are one complex number.
         pairs = torch.view_as_complex(qkv[:, : H + Hkv].float().unflatten(2, (-1, 2)))
         qkv[:, : H + Hkv] = torch.view_as_real(pairs * rotation).flatten(2)  # (N, H + 2 Hkv, D)
         attended = []
         for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
-            q, k, v = part.unflatten(0, (-1, T)).split(
-                [H, Hkv, Hkv], dim=2
-            )  # (rows, T, H or Hkv, D)
+            q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], 2)  # (rows, T, heads, D)
             attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
         x = x + F.linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
         y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
