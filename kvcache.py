@@ -72,7 +72,7 @@ def flash_attn_with_kvcache(
         if causal and n > T > 1:  # SDPA's is_causal would show the first query only the first key.
             mask = torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
         # For a single token, the H / Hkv heads that share keys go in as that many queries of one
-        # head, so that the keys are read once: a third of the time of enable_gqa on a CPU.
+        # head: on a CPU 3 to 5 times faster than enable_gqa in bfloat16, not in float32.
         queries = q[row].view(Hkv, H // Hkv, D) if T == 1 else q[row].transpose(0, 1)
         attended = F.scaled_dot_product_attention(
             queries[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None],
