@@ -1,9 +1,4 @@
-"""The memory of a KV cache: blocks, block tables, an attention call that follows them, statistics.
-
-Throughout this file
-    B  requests in the batch, one row each       H    query heads
-    T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
-    L  layers                                    D    size of a head
+"""The memory of a KV cache: blocks, block tables, statistics.
 
 A block has room for the keys and values of block_size tokens in all layers. A request owns whole
 blocks, anywhere in the pool, and its row of the block table names them in order: token t is in slot
@@ -20,67 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-
-try:  # The CUDA kernel; where it is not installed, the definition below does the work.
-    from flash_attn import flash_attn_with_kvcache as flash_attn_kernel
-except ImportError:
-    flash_attn_kernel = None
-
-# --- Attention ------------------------------------------------------------------------------------
-
-
-def runs_flash_attn(device, dtype):
-    """Whether attention is flash-attn's kernel. It takes blocks of 256 tokens, or a multiple."""
-    return flash_attn_kernel and torch.device(device).type == "cuda" and dtype != torch.float32
-
-
-def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, block_table=None, causal=False
-):
-    """Attention of q (B, T, H, D) over cached keys and values, as flash-attn 2 defines it.
-
-    k, v (B, T, Hkv, D) are stored first, behind the cache_seqlens (B,) tokens that each row has in
-    k_cache, v_cache (B, slots, Hkv, D), or (n_blocks, block_size, Hkv, D) with a block_table (B,
-    width). causal: the last query sees all keys, the one before it all but the last, and so on.
-    Returns (B, T, H, D). What lies behind the end of a row is never read.
-    """
-    if runs_flash_attn(q.device, q.dtype):
-        return flash_attn_kernel(
-            q, k_cache, v_cache, k, v,
-            cache_seqlens=cache_seqlens, block_table=block_table, causal=causal,
-        )  # fmt: skip
-    (B, T, H, D), Hkv = q.shape, k_cache.shape[2]
-    ends = cache_seqlens if k is None else cache_seqlens + T
-    if k is not None:
-        block = torch.arange(B, device=q.device)[:, None]
-        slot = cache_seqlens[:, None].long() + torch.arange(T, device=q.device)  # (B, T)
-        if block_table is not None:
-            block = block_table.gather(1, slot // k_cache.shape[1])
-            slot = slot % k_cache.shape[1]
-        k_cache[block, slot], v_cache[block, slot] = k, v
-
-    out = torch.empty_like(q)
-    for row, n in enumerate(ends.tolist()):
-        if block_table is None:
-            keys, values = k_cache[row, :n], v_cache[row, :n]  # (n, Hkv, D)
-        else:
-            ids = block_table[row, : blocks_for(n, k_cache.shape[1])]
-            keys = k_cache.index_select(0, ids).flatten(0, 1)[:n]
-            values = v_cache.index_select(0, ids).flatten(0, 1)[:n]
-        mask = None
-        if causal and n > T > 1:  # SDPA's is_causal would show the first query only the first key.
-            mask = torch.ones(T, n, dtype=torch.bool, device=q.device).tril(n - T)
-        # For a single token, the H / Hkv heads that share keys go in as that many queries of one
-        # head: on a CPU 3 to 5 times faster than enable_gqa in bfloat16, not in float32.
-        queries = q[row].view(Hkv, H // Hkv, D) if T == 1 else q[row].transpose(0, 1)
-        attended = F.scaled_dot_product_attention(
-            queries[None], keys.transpose(0, 1)[None], values.transpose(0, 1)[None],
-            attn_mask=mask, is_causal=causal and n == T > 1, enable_gqa=T > 1,
-        )  # fmt: skip
-        out[row] = attended.view(T, H, D) if T == 1 else attended[0].transpose(0, 1)
-    return out
-
 
 # --- Blocks ---------------------------------------------------------------------------------------
 
@@ -128,11 +62,11 @@ class PagedCache:
     """
 
     def __init__(self, n_blocks, block_size, max_rows, max_seq_len, shape, dtype, device):
-        """shape: (L, Hkv, D). Takes the memory of n_blocks * block_size tokens."""
+        """Take the memory of n_blocks * block_size tokens. shape: (layers, K and V heads, D)."""
         L, Hkv, D = shape
-        # Block-major: a block is one piece of memory with all its layers, and kv[:, layer, 0] is a
-        # layer's key cache as the attention call takes it.
-        self.kv = torch.empty(n_blocks, L, 2, block_size, Hkv, D, dtype=dtype, device=device)
+        # Block-major: a block is one piece of memory with all its layers. In it, the keys of one
+        # head lie side by side: a matrix that attention by block multiplies as it is.
+        self.kv = torch.empty(n_blocks, L, 2, Hkv, block_size, D, dtype=dtype, device=device)
         self.block_size, self.pool = block_size, BlockPool(n_blocks)
         width = blocks_for(max_seq_len, block_size)
         self.block_table = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
@@ -140,6 +74,10 @@ class PagedCache:
         self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored, new ones excluded.
         self.n_owned = torch.zeros(max_rows, dtype=torch.int32)  # Blocks that the row has.
         self.n_rows = 0
+
+    def layer(self, i):
+        """k_cache and v_cache of a layer, (n_blocks, block_size, Hkv, D) each, for the kernel."""
+        return self.kv[:, i, 0].transpose(1, 2), self.kv[:, i, 1].transpose(1, 2)
 
     def can_admit(self, n_tokens):
         """Whether there are blocks for n_tokens, and one for each row to grow into before long."""

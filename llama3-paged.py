@@ -24,7 +24,8 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-from kvcache import PagedCache, Stats, blocks_for, flash_attn_with_kvcache, runs_flash_attn
+from kernels import flash_attn_with_kvcache, linear, pack, runs_flash_attn
+from kvcache import PagedCache, Stats, blocks_for
 
 # Throughout this program
 #     B  requests in the batch, one row each       H    query heads
@@ -78,14 +79,16 @@ def load(args):
     with or_exit(f"{args.model} cannot be loaded as a Llama 3 checkpoint of one shard"):
         params = json.loads((args.model / "params.json").read_text())
         (shard,) = args.model.glob("consolidated.*.pth")
-        w = torch.load(shard, mmap=True, weights_only=True)
+        w = torch.load(shard, mmap=args.device == "cuda", weights_only=True)
         to = (args.device, getattr(torch, args.dtype))
         w = {name.removesuffix(".weight"): weight.to(*to) for name, weight in w.items()}
         for i in range(params["n_layers"]):  # What multiplies the same vector becomes one matrix.
-            for module, parts in (("attention", "qkv"), ("feed_forward", "13")):
-                name = f"layers.{i}.{module}.w"
-                w[name + parts] = torch.cat([w.pop(name + part) for part in parts])
-        w.setdefault("output", w["tok_embeddings"])  # The small models of Llama 3.2 tie the two.
+            for name in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"):
+                module, parts = name.split(".w")
+                matrices = [w.pop(f"layers.{i}.{module}.w{part}") for part in parts]
+                w[f"layers.{i}.{name}"] = pack(torch.cat(matrices))
+        # The small models of Llama 3.2 have no output matrix: they use the embeddings.
+        w["output"] = pack(w.get("output", w["tok_embeddings"]))
         # A checkpoint whose tokenizer or chats are not Llama 3's says so in params.json.
         chat = params.get("chat") or json.loads((HERE / "models" / "llama3-chat.json").read_text())
         lines = (args.model / "tokenizer.model").read_bytes().splitlines()
@@ -131,7 +134,7 @@ def forward(model, new, seq_len, attend):
     for i in range(params["n_layers"]):
         name = f"layers.{i}."
         y = F.rms_norm(x, x.shape[1:], w[name + "attention_norm"], eps)
-        qkv = F.linear(y, w[name + "attention.wqkv"]).unflatten(1, (H + 2 * Hkv, -1))
+        qkv = linear(y, w[name + "attention.wqkv"]).unflatten(1, (H + 2 * Hkv, -1))
         # RoPE in Meta's layout: neighbouring dimensions of q and k are one complex number.
         pairs = torch.view_as_complex(qkv[:, : H + Hkv].float().unflatten(2, (-1, 2)))
         qkv[:, : H + Hkv] = torch.view_as_real(pairs * rotation).flatten(2)  # (N, H + 2 Hkv, D)
@@ -139,11 +142,11 @@ def forward(model, new, seq_len, attend):
         for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
             q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], 2)  # (rows, T, heads, D)
             attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
-        x = x + F.linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
+        x = x + linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
         y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
-        gate, up = F.linear(y, w[name + "feed_forward.w13"]).chunk(2, dim=1)
-        x = x + F.linear(F.silu(gate) * up, w[name + "feed_forward.w2"])
-    return F.linear(F.rms_norm(x[ends - 1], x.shape[1:], w["norm"], eps), w["output"])
+        gate, up = linear(y, w[name + "feed_forward.w13"]).chunk(2, dim=1)
+        x = x + linear(F.silu(gate) * up, w[name + "feed_forward.w2"])
+    return linear(F.rms_norm(x[ends - 1], x.shape[1:], w["norm"], eps), w["output"])
 
 
 def choose(logits, temperature):
@@ -186,10 +189,8 @@ def generate(model, cache, tokens, limits, stop, args, stats):
     waiting, running = deque(range(len(tokens))), []  # Row r is of request running[r].
 
     def attend(layer, rows, q, k, v):
-        return flash_attn_with_kvcache(
-            q, cache.kv[:, layer, 0], cache.kv[:, layer, 1], k, v,
-            cache_seqlens=seq_len[rows], block_table=block_table[rows], causal=True,
-        )  # fmt: skip
+        places = {"cache_seqlens": seq_len[rows], "block_table": block_table[rows]}
+        return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
     while waiting or running:
         prefill = 0  # Tokens of newly admitted requests; 2,048 keep the machine busy.

@@ -26,8 +26,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+import kernels
 import kvcache
-from kvcache import BlockPool, OutOfBlocks, PagedCache, Stats, flash_attn_with_kvcache
+from kernels import flash_attn_with_kvcache, linear, pack
+from kvcache import BlockPool, OutOfBlocks, PagedCache, Stats
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = sorted(path.name for path in HERE.glob("llama3-*.py"))
@@ -197,19 +199,19 @@ def tiny_prompt(text):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("T", [1, 3])
 @pytest.mark.parametrize(("H", "Hkv"), [(4, 4), (6, 2), (3, 1)])
-def test_attention_is_softmax(paged, append, causal, T, H, Hkv):
-    """Ragged lengths; caches that are strided views; NaN in each slot that must not be read."""
+@pytest.mark.parametrize("total", [[17], [5, 4, 3], [3, 4, 17, 5], [16, 8, 9, 4, 7]])
+def test_attention_is_softmax(paged, append, causal, T, H, Hkv, total):
+    """Ragged lengths; caches that are strided views; NaN in each slot that must not matter."""
     torch.manual_seed(0)
-    D, block_size, total = 8, 4, [3, 4, 5, 17]  # Lengths that count the new tokens.
-    B = len(total)
+    D, block_size, B = 8, 4, len(total)  # total: lengths that count the new tokens.
     k, v = torch.randn(2, B, T, Hkv, D)
     stored = torch.randn(2, B, 20, Hkv, D)
     cache = torch.full((2, B, 3, 20, Hkv, D), math.nan)[:, :, 1]  # One layer of three: strided.
     table = None
     if paged:
         table = torch.randperm(40)[: B * 5].view(B, 5).int()
-        pool = torch.full((40, 3, 2, block_size, Hkv, D), math.nan)
-        cache = pool[:, 1].transpose(0, 1)
+        pool = torch.full((40, 3, 2, Hkv, block_size, D), math.nan)
+        cache = pool[:, 1].transpose(0, 1).transpose(2, 3)
 
     def place(t):  # Where token t of each row lives.
         rows = torch.arange(B)
@@ -221,7 +223,7 @@ def test_attention_is_softmax(paged, append, causal, T, H, Hkv):
             where = tuple(x[row] if torch.is_tensor(x) else x for x in place(t))
             cache[:, where[0], where[1]] = stored[:, row, t]
     untouched = cache.clone()
-    q = torch.randn(B, T, H, D)
+    q = 40 * torch.randn(B, T, H, D)  # Scores whose exponentials overflow.
     out = flash_attn_with_kvcache(
         q, cache[0], cache[1], *((k, v) if append else ()),
         cache_seqlens=torch.tensor(before, dtype=torch.int32), block_table=table, causal=causal,
@@ -242,15 +244,41 @@ def test_attention_is_softmax(paged, append, causal, T, H, Hkv):
     torch.testing.assert_close(cache, untouched, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("B", [1, 6])
+def test_attention_in_bfloat16_is_close(B):
+    """Less than 1% off a softmax in float64 over the same rounded numbers, by row and by block."""
+    torch.manual_seed(0)
+    q, kv = torch.randn(B, 1, 9, 64).bfloat16(), torch.randn(200, 2, 3, 16, 64).bfloat16()
+    k_cache, v_cache = kv.transpose(2, 3).unbind(1)
+    table, ends = torch.randperm(200)[: B * 20].view(B, 20), torch.randint(1, 320, (B,))
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=ends, block_table=table)
+    for row, n in enumerate(ends.tolist()):
+        k, v = (cache[table[row]].flatten(0, 1)[:n].double() for cache in (k_cache, v_cache))
+        scores = torch.einsum("kgd,tkd->kgt", q[row, 0].view(3, 3, 64).double(), k) / 8
+        expected = torch.einsum("kgt,tkd->kgd", scores.softmax(-1), v).flatten(0, 1)
+        assert (out[row, 0] - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_matrices_multiply_as_plain_ones(dtype):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 70, dtype=dtype), torch.randn(33, 70, dtype=dtype)
+    packed = pack(weight)
+    can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert packed.is_mkldnn == bool(dtype == torch.bfloat16 and can)
+    expected = (x.double() @ weight.double().T).to(dtype)
+    torch.testing.assert_close(linear(x, packed), expected, rtol=0.01, atol=0.01)
+
+
 @pytest.mark.skipif(
-    not (kvcache.flash_attn_kernel and torch.cuda.is_available()),
+    not (kernels.flash_attn_kernel and torch.cuda.is_available()),
     reason="needs flash-attn and a CUDA card",
 )
 @pytest.mark.parametrize("T", [1, 5])
 def test_flash_attn_agrees_with_the_definition(T):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, T, 8, 64), *torch.randn(2, 3, T, 2, 64)
-    pool = torch.randn(9, 2, 2, 256, 2, 64)
+    pool = torch.randn(9, 2, 2, 2, 256, 64).transpose(3, 4)
     table = torch.randperm(9).view(3, 3).int()
     seq_len = torch.tensor([1, 255, 600], dtype=torch.int32)
     expected, got = (
@@ -295,7 +323,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         size = (self.N_BLOCKS, self.BLOCK_SIZE, self.MAX_ROWS, self.MAX_LEN)
-        self.cache = PagedCache(*size, (2, 1, 1), torch.float64, "cpu")
+        self.cache = PagedCache(*size, (2, 2, 1), torch.float64, "cpu")
         self.rows, self.written = [], 0  # rows: for each row, the numbers its slots should hold
 
     def store(self, n_new):
@@ -306,7 +334,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
                 self.written += 1
                 self.rows[row].append(self.written)
                 block = table[row, t // self.BLOCK_SIZE]
-                self.cache.kv[block, :, :, t % self.BLOCK_SIZE] = self.written
+                self.cache.kv[block, :, :, :, t % self.BLOCK_SIZE] = self.written
         self.cache.advance(n_new)
 
     @precondition(lambda self: len(self.rows) < self.MAX_ROWS)
@@ -349,7 +377,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
             ids = cache.block_table[row, : cache.n_owned[row]].tolist()
             owned += ids
             slots = torch.tensor(expected, dtype=torch.float64).view(-1, 1, 1, 1, 1)
-            held = cache.kv[ids].permute(0, 3, 1, 2, 4, 5).flatten(0, 1)[: len(expected)]
+            held = cache.kv[ids].permute(0, 4, 1, 2, 3, 5).flatten(0, 1)[: len(expected)]
             assert (held == slots).all()
         assert sorted(owned + cache.pool.free_ids) == list(range(self.N_BLOCKS))
         assert all(cache.pool.ref_count[i] == (i in owned) for i in range(self.N_BLOCKS))
