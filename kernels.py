@@ -109,28 +109,25 @@ def by_block(q, k_cache, v_cache, ends, block_table):
     110, in groups of padded rows 82, compiled to one loop by torch.compile 47, after 16 s.
     """
     (B, _, H, D), (_, block_size, Hkv, _) = q.shape, k_cache.shape
-    n_blocks = (ends + block_size - 1) // block_size
-    place = torch.arange(block_table.shape[1], device=q.device)
-    row, place = (place < n_blocks[:, None]).nonzero(as_tuple=True)  # (N,) each, row after row
+    first = torch.arange(block_table.shape[1], device=q.device) * block_size
+    row, place = (first < ends[:, None]).nonzero(as_tuple=True)  # (N,) each, row after row
     ids = block_table[row, place]
-    # The last block of each row may have slots behind the end: no weight, and zeros as values.
-    last = n_blocks.cumsum(0) - 1
-    slot = torch.arange(block_size, device=q.device)
-    empty = slot >= (ends - (n_blocks - 1) * block_size)[:, None, None]  # (B, 1, block_size)
+    # Slots behind the end of a row: no weight, and zeros for values, which may be NaN.
+    slots = torch.arange(block_size, device=q.device) + first[place][:, None]  # (N, block_size)
+    block, slot = (slots >= ends[row][:, None]).nonzero(as_tuple=True)
 
-    queries = (q * D**-0.5).view(B, Hkv, H // Hkv, D).index_select(0, row)
-    keys = k_cache.transpose(1, 2).index_select(0, ids)  # (N, Hkv, block_size, D)
-    scores = torch.bmm(queries.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2))
-    scores = scores.view(-1, H, block_size).float()
-    scores[last] = scores[last].masked_fill(empty, -math.inf)
-    highest = scores.new_full((B, block_table.shape[1], H), -math.inf)
-    highest[row, place] = scores.amax(2)  # of each block, and then of the row
-    weights = scores.sub_(highest.amax(1)[row][..., None]).exp_()
+    queries = (q * D**-0.5).view(B, Hkv, H // Hkv, D)[row].flatten(0, 1)  # (N * Hkv, H / Hkv, D)
+    keys = k_cache.transpose(1, 2).index_select(0, ids).flatten(0, 1)  # (N * Hkv, block_size, D)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(-1, H, block_size).float()
+    scores[block, :, slot] = -math.inf
+    highest = scores.new_full((B, H), -math.inf)
+    highest.scatter_reduce_(0, row[:, None].expand(-1, H), scores.amax(2), "amax")
+    weights = scores.sub_(highest[row][..., None]).exp_()  # (N, H, block_size)
     totals = scores.new_zeros(B, H).index_add_(0, row, weights.sum(2))
 
+    values = v_cache.transpose(1, 2).index_select(0, ids)  # (N, Hkv, block_size, D)
+    values[block, :, slot] = 0
     weights = weights.to(q.dtype).view(-1, H // Hkv, block_size)
-    values = v_cache.transpose(1, 2).index_select(0, ids)
-    values[last] = values[last].masked_fill(empty[..., None], 0)
     attended = torch.bmm(weights, values.flatten(0, 1)).view(-1, H, D).float()
-    attended = attended.new_zeros(B, H, D).index_add_(0, row, attended) / totals[..., None]
+    attended = scores.new_zeros(B, H, D).index_add_(0, row, attended) / totals[..., None]
     return attended.to(q.dtype)[:, None]

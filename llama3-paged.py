@@ -142,17 +142,17 @@ def forward(model, new, seq_len, attend):
         for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
             q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], 2)  # (rows, T, heads, D)
             attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
-        x = x + linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
+        x += linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
         y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
         gate, up = linear(y, w[name + "feed_forward.w13"]).chunk(2, dim=1)
-        x = x + linear(F.silu(gate) * up, w[name + "feed_forward.w2"])
+        x += linear(F.silu(gate).mul_(up), w[name + "feed_forward.w2"])
     return linear(F.rms_norm(x[ends - 1], x.shape[1:], w["norm"], eps), w["output"])
 
 
 def choose(logits, temperature):
     """The next token of each row, as a list."""
     if not temperature > 0:
-        return logits.argmax(dim=1).tolist()
+        return logits.max(dim=1).indices.tolist()  # argmax takes 4 times as long in bfloat16.
     return (logits.double() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
 
 

@@ -724,6 +724,21 @@ def test_budget_and_commit_by_default(tmp_path, tiny):
     assert re.fullmatch("[0-9a-f]{7,}|", result["commit"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_peak_memory(smollm2):
+    """A run's resident set stays within weights + budget + 400 MB."""
+    command = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__'); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    )
+    options = ("--max-new-tokens", "8")
+    run = [sys.executable, "-c", command, HERE / "llama3-paged.py", "49", *options]
+    peak = subprocess.run(run, capture_output=True, text=True, check=True).stderr.split()[-1]
+    weights = (smollm2 / "consolidated.00.pth").stat().st_size
+    assert int(peak) * 1024 < weights + 1.4e9 + 400e6
+
+
 def test_clocks_add_up():
     args = SimpleNamespace(dtype="float32", device="cpu", kv_gb=1, max_seq_len=8)
     stats = Stats(args, {"dim": 4, "n_heads": 2, "n_kv_heads": 1, "n_layers": 2})

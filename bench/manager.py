@@ -9,17 +9,11 @@ of the mean over block_size steps, in microseconds, and the ratio to batch 8 at 
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import save
 from kvcache import PagedCache
 
 BLOCK_SIZE, WARM_UP, ROUNDS = 16, 5, 40
@@ -61,13 +55,7 @@ def main():
         short, long = (result[f"{batch} x {context}"] for context in contexts)
         print(f"{batch:5} {short:13.1f} {long:15.1f} {short / result['8 x 100']:12.2f}")
     if args.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        machine = {"machine": platform.platform(), "cores": torch.get_num_threads()}
-        versions = {"torch": torch.__version__, "commit": commit.stdout.strip()}
-        facts = {**machine, **versions, "microseconds": result}
-        Path(args.json).write_text(json.dumps(facts, indent=1))
+        save(args.json, {"microseconds": result})
 
 
 if __name__ == "__main__":
