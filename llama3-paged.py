@@ -193,7 +193,7 @@ def generate(model, cache, tokens, limits, stop, args, stats):
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
     while waiting or running:
-        prefill = 0  # Tokens of newly admitted requests; 2,048 keep the machine busy.
+        prefill = 0  # Tokens of newly admitted requests; 2,048 are enough for a step.
         with stats.clock("manager"):
             while not cache.can_grow():
                 cache.release([len(running) - 1])

