@@ -363,6 +363,7 @@ def draw(rows, path):
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "peers"  # The same figure is the same file.
     from matplotlib import pyplot as plt
 
     rows = {name: row for name, row in rows.items() if "peak_bytes" in row}
@@ -377,8 +378,8 @@ def draw(rows, path):
         axis.margins(x=0.2)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
-    for kind in ("svg", "png"):
-        figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
 def main():
