@@ -55,8 +55,8 @@ def flash_attn_with_kvcache(
     k, v (B, T, Hkv, D) are stored first, behind the cache_seqlens (B,) tokens that each row has in
     k_cache, v_cache (B, slots, Hkv, D), or (n_blocks, block_size, Hkv, D) with a block_table (B,
     width). causal: the last query sees all keys, the one before it all but the last, and so on.
-    Each row has at least T keys then. Returns (B, T, H, D). What lies behind the end of a row has
-    no influence, even if it is NaN.
+    Each row has at least T keys then. Returns (B, T, H, D). Slots behind the end of a row have no
+    influence as long as their numbers are finite.
     """
     if runs_flash_attn(q.device, q.dtype):
         return flash_attn_kernel(
@@ -106,29 +106,34 @@ def by_block(q, k_cache, v_cache, ends, block_table):
     """Attention of one query a row, block by block (PagedAttention, section 4.1).
 
     The blocks of all rows are one batch of equally small products, so that rows of different
-    lengths need no padding. Measured over SmolLM2's 30 layers with 49 rows of 280 tokens: 55 ms, by
-    row 110, in groups of padded rows 82, made one loop by torch.compile 47, after 16 s. The price:
-    bmm rounds the scores to q's dtype, so that in bfloat16 the error is about twice that by row.
+    lengths need no padding. If each belongs to one row and few others lie between them, they are
+    read where they are: a batch that starts, no prompt having ended, looks like that. Measured over
+    SmolLM2's 30 layers with 49 rows of 280 tokens: 42 ms in place, 55 with the blocks copied, by
+    row about 110. The price: bmm rounds the scores to q's dtype, so that in bfloat16 the error is
+    about twice that by row.
     """
     (B, _, H, D), (_, block_size, Hkv, _) = q.shape, k_cache.shape
     first = torch.arange(block_table.shape[1], device=q.device) * block_size
     row, place = (first < ends[:, None]).nonzero(as_tuple=True)  # (M,) each, row after row
-    ids = block_table[row, place]
-    # Slots behind the end of a row: no weight, and zeros for values, which may be NaN.
-    slots = torch.arange(block_size, device=q.device) + first[place][:, None]  # (M, block_size)
-    nth, slot = (slots >= ends[row][:, None]).nonzero(as_tuple=True)
+    ids, left = block_table[row, place].long(), (ends[:, None] - first)[row, place]
+    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # (n_blocks, Hkv, slots, D)
+    low, high = int(ids.min()), int(ids.max()) + 1
+    in_order = ids.new_zeros(2, high - low)  # Of each block: its row, how many tokens are left.
+    in_order[:, ids - low] = torch.stack([row, left])
+    if high - low <= 1.5 * len(ids) and in_order[1].count_nonzero() == len(ids):
+        (row, left), keys, values = in_order, keys[low:high], values[low:high]
+    else:
+        keys, values = keys.index_select(0, ids), values.index_select(0, ids)
 
-    queries = (q * D**-0.5).view(B, Hkv, H // Hkv, D)[row].flatten(0, 1)  # (M * Hkv, H / Hkv, D)
-    keys = k_cache.transpose(1, 2).index_select(0, ids).flatten(0, 1)  # (M * Hkv, block_size, D)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).view(-1, H, block_size).float()
+    queries = (q * D**-0.5).view(B, H * D).index_select(0, row).view(-1, H // Hkv, D)
+    scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2)).view(-1, H, block_size).float()
+    nth, slot = (torch.arange(block_size, device=q.device) >= left[:, None]).nonzero(as_tuple=True)
     scores[nth, :, slot] = -math.inf
     highest = scores.new_full((B, H), -math.inf)
     highest.scatter_reduce_(0, row[:, None].expand(-1, H), scores.amax(2), "amax")
     weights = scores.sub_(highest[row][..., None]).exp_()  # (M, H, block_size)
     totals = scores.new_zeros(B, H).index_add_(0, row, weights.sum(2))
 
-    values = v_cache.transpose(1, 2).index_select(0, ids)  # (M, Hkv, block_size, D)
-    values[nth, :, slot] = 0
     weights = weights.to(q.dtype).view(-1, H // Hkv, block_size)
     attended = torch.bmm(weights, values.flatten(0, 1)).view(-1, H, D).float()
     attended = scores.new_zeros(B, H, D).index_add_(0, row, attended) / totals[..., None]

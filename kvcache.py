@@ -7,6 +7,7 @@ t % block_size of block table[row, t // block_size]. (PagedAttention, Kwon et al
 
 import json
 import math
+import mmap
 import subprocess
 import sys
 import textwrap
@@ -64,9 +65,14 @@ class PagedCache:
     def __init__(self, n_blocks, block_size, max_rows, max_seq_len, shape, dtype, device):
         """Take the memory of n_blocks * block_size tokens. shape: (layers, K and V heads, D)."""
         L, Hkv, D = shape
-        # Block-major: a block is one piece of memory with all its layers. In it, the keys of one
-        # head lie side by side: a matrix that attention by block multiplies as it is.
-        self.kv = torch.empty(n_blocks, L, 2, Hkv, block_size, D, dtype=dtype, device=device)
+        # A layer's blocks lie side by side, so that attention reads them where they are, and in a
+        # block the keys of one head: a matrix. All finite, as attention by block asks for.
+        size = (L, 2, n_blocks, Hkv, block_size, D)
+        if torch.device(device).type == "cpu":  # The system's zeros take no room until written to.
+            memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize)
+            self.kv = torch.frombuffer(memory, dtype=dtype).view(size)
+        else:
+            self.kv = torch.zeros(size, dtype=dtype, device=device)
         self.block_size, self.pool = block_size, BlockPool(n_blocks)
         width = blocks_for(max_seq_len, block_size)
         self.block_table = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
@@ -77,7 +83,7 @@ class PagedCache:
 
     def layer(self, i):
         """k_cache and v_cache of a layer, (n_blocks, block_size, Hkv, D) each, for the kernel."""
-        return self.kv[:, i, 0].transpose(1, 2), self.kv[:, i, 1].transpose(1, 2)
+        return self.kv[i, 0].transpose(1, 2), self.kv[i, 1].transpose(1, 2)
 
     def can_admit(self, n_tokens):
         """Whether there are blocks for n_tokens, and one for each row to grow into before long."""

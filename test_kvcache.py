@@ -201,16 +201,16 @@ def tiny_prompt(text):
 @pytest.mark.parametrize(("H", "Hkv"), [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("total", [[17], [5, 4, 3], [3, 4, 17, 5], [16, 8, 9, 4, 7]])
 def test_attention_is_softmax(paged, append, causal, T, H, Hkv, total):
-    """Ragged lengths; caches that are strided views; NaN in each slot that must not matter."""
+    """Ragged lengths; caches that are strided views; 1e30 in each slot that must not matter."""
     torch.manual_seed(0)
     D, block_size, B = 8, 4, len(total)  # total: lengths that count the new tokens.
     k, v = torch.randn(2, B, T, Hkv, D)
     stored = torch.randn(2, B, 20, Hkv, D)
-    cache = torch.full((2, B, 3, 20, Hkv, D), math.nan)[:, :, 1]  # One layer of three: strided.
+    cache = torch.full((2, B, 3, 20, Hkv, D), 1e30)[:, :, 1]  # One layer of three: strided.
     table = None
     if paged:
         table = torch.randperm(40)[: B * 5].view(B, 5).int()
-        pool = torch.full((40, 3, 2, Hkv, block_size, D), math.nan)
+        pool = torch.full((40, 3, 2, Hkv, block_size, D), 1e30)
         cache = pool[:, 1].transpose(0, 1).transpose(2, 3)
 
     def place(t):  # Where token t of each row lives.
@@ -241,7 +241,28 @@ def test_attention_is_softmax(paged, append, causal, T, H, Hkv, total):
         for t in range(before[row], before[row] + T * append):  # The append: these slots only.
             where = tuple(x[row] if torch.is_tensor(x) else x for x in place(t))
             untouched[:, where[0], where[1]] = torch.stack([k, v])[:, row, t - before[row]]
-    torch.testing.assert_close(cache, untouched, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(cache, untouched, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["dense", "holes", "scattered", "shared"])
+def test_attention_by_block_finds_each_blocks_row(layout):
+    """Attention by row is the oracle: blocks in place and copied, one in no row or in two."""
+    torch.manual_seed(0)
+    pool = torch.randn(2, 90, 3, 4, 8)  # K and V, blocks, heads, slots, D
+    k_cache, v_cache = pool.transpose(2, 3)
+    ends = torch.tensor([9, 4, 17, 12, 1, 20])
+    n_blocks = {"dense": 18, "holes": 24, "scattered": 90, "shared": 18}[layout]
+    ids, table = torch.randperm(n_blocks).tolist(), torch.zeros(6, 5, dtype=torch.int32)
+    for row, n in enumerate(ends.tolist()):
+        for place in range(-(-n // 4)):
+            table[row, place] = ids.pop()
+    if layout == "shared":
+        table[2, :2] = table[0, :2]
+    q, before = torch.randn(6, 1, 6, 8), pool.clone()
+    got = kernels.by_block(q, k_cache, v_cache, ends, table)
+    expected = kernels.by_row(q, k_cache, v_cache, ends, table, causal=True)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(pool, before)
 
 
 @pytest.mark.parametrize("B", [1, 6])
@@ -334,7 +355,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
                 self.written += 1
                 self.rows[row].append(self.written)
                 block = table[row, t // self.BLOCK_SIZE]
-                self.cache.kv[block, :, :, :, t % self.BLOCK_SIZE] = self.written
+                self.cache.kv[:, :, block, :, t % self.BLOCK_SIZE] = self.written
         self.cache.advance(n_new)
 
     @precondition(lambda self: len(self.rows) < self.MAX_ROWS)
@@ -377,7 +398,7 @@ class PagedCacheMachine(RuleBasedStateMachine):
             ids = cache.block_table[row, : cache.n_owned[row]].tolist()
             owned += ids
             slots = torch.tensor(expected, dtype=torch.float64).view(-1, 1, 1, 1, 1)
-            held = cache.kv[ids].permute(0, 4, 1, 2, 3, 5).flatten(0, 1)[: len(expected)]
+            held = cache.kv[:, :, ids].permute(2, 4, 0, 1, 3, 5).flatten(0, 1)[: len(expected)]
             assert (held == slots).all()
         assert sorted(owned + cache.pool.free_ids) == list(range(self.N_BLOCKS))
         assert all(cache.pool.ref_count[i] == (i in owned) for i in range(self.N_BLOCKS))
