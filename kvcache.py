@@ -1,21 +1,18 @@
-"""The memory of a KV cache: blocks, block tables, statistics.
+"""The memory of a KV cache: blocks, block tables, and DRAM below HBM.
 
 A block has room for the keys and values of block_size tokens in all layers. A request owns whole
 blocks, anywhere in the pool, and its row of the block table names them in order: token t is in slot
 t % block_size of block table[row, t // block_size]. (PagedAttention, Kwon et al. 2023, section 4)
 """
 
-import json
-import math
-import mmap
-import subprocess
-import sys
-import textwrap
-import time
-from contextlib import contextmanager
-from pathlib import Path
+from array import array
+from collections import Counter, OrderedDict
+from hashlib import blake2b
+from itertools import islice
 
 import torch
+
+from kernels import Link, zeros
 
 # --- Blocks ---------------------------------------------------------------------------------------
 
@@ -30,27 +27,49 @@ def blocks_for(n_tokens, block_size):
 
 
 class BlockPool:
-    """Which of the blocks 0 .. n_blocks - 1 are free. Ids only, no tensors."""
+    """Who has the blocks 0 .. n_blocks - 1. Ids only, no tensors.
 
-    def __init__(self, n_blocks):
+    A block is free, in use, or idle: then nobody uses it, but it has a name (see TieredCache) and
+    keeps its contents until its room is needed. leave(Block) is called before that.
+    """
+
+    def __init__(self, n_blocks, leave=None):
         self.free_ids = list(reversed(range(n_blocks)))  # A stack: freed last, taken first.
-        self.ref_count = [0] * n_blocks  # Rows that name each block: 0 or 1, while none is shared.
+        self.ref_count = [0] * n_blocks  # Users of each block.
+        self.named = {}  # The Blocks of those that have a name, by id.
+        self.idle, self.leave = OrderedDict(), leave  # Idle ids, the least recently used first.
+
+    def n_free(self):
+        """How many blocks can be had, idle ones included."""
+        return len(self.free_ids) + len(self.idle)
 
     def alloc(self, n):
         """Take n blocks and return their ids. Raises OutOfBlocks before it takes anything."""
-        if n > len(self.free_ids):
-            raise OutOfBlocks(n, len(self.free_ids), len(self.ref_count))
+        if n > self.n_free():
+            raise OutOfBlocks(n, self.n_free(), len(self.ref_count))
+        while len(self.free_ids) < n:
+            block = next(iter(self.idle))
+            self.leave(self.named[block])
+            del self.idle[block], self.named[block]
+            self.free_ids.append(block)
         ids = [self.free_ids.pop() for _ in range(n)]
-        for block in ids:
-            self.ref_count[block] = 1
+        self.hold(ids)
         return ids
 
-    def free(self, ids):
-        """Drop one reference to each block; the last one makes it free."""
+    def hold(self, ids):
+        """Add one reference to each block."""
         for block in ids:
+            self.ref_count[block] += 1
+            self.idle.pop(block, None)
+
+    def free(self, ids):
+        """Drop one reference to each block; after the last it is free, or idle if it has a name."""
+        for block in reversed(ids):  # The end of a text is forgotten before its beginning.
             assert self.ref_count[block] > 0, f"block {block} is free already"
             self.ref_count[block] -= 1
-            if self.ref_count[block] == 0:
+            if self.ref_count[block] == 0 and block in self.named:
+                self.idle[block] = None
+            elif self.ref_count[block] == 0:
                 self.free_ids.append(block)
 
 
@@ -68,11 +87,7 @@ class PagedCache:
         # A layer's blocks lie side by side, so that attention reads them where they are, and in a
         # block the keys of one head: a matrix. All finite, as attention by block asks for.
         size = (L, 2, n_blocks, Hkv, block_size, D)
-        if torch.device(device).type == "cpu":  # The system's zeros take no room until written to.
-            memory = mmap.mmap(-1, math.prod(size) * dtype.itemsize)
-            self.kv = torch.frombuffer(memory, dtype=dtype).view(size)
-        else:
-            self.kv = torch.zeros(size, dtype=dtype, device=device)
+        self.kv = zeros(size, dtype, device)
         self.block_size, self.pool = block_size, BlockPool(n_blocks)
         width = blocks_for(max_seq_len, block_size)
         self.block_table = torch.zeros(max_rows, width, dtype=torch.int32, device=device)
@@ -87,13 +102,16 @@ class PagedCache:
 
     def can_admit(self, n_tokens):
         """Whether there are blocks for n_tokens, and one for each row to grow into before long."""
-        return blocks_for(n_tokens, self.block_size) + self.n_rows <= len(self.pool.free_ids)
+        return blocks_for(n_tokens, self.block_size) + self.n_rows <= self.pool.n_free()
 
     def admit(self, n_tokens):
         """Add an empty row with blocks for n_tokens. Raises OutOfBlocks before any change."""
-        ids = self.pool.alloc(blocks_for(n_tokens, self.block_size))
+        self.add_row(self.pool.alloc(blocks_for(n_tokens, self.block_size)), 0)
+
+    def add_row(self, ids, n_stored):
+        """Add a row with these blocks, in which its first n_stored tokens are."""
         self.block_table[self.n_rows, : len(ids)] = self.block_table.new_tensor(ids)
-        self.seq_len[self.n_rows], self.n_owned[self.n_rows] = 0, len(ids)
+        self.seq_len[self.n_rows], self.n_owned[self.n_rows] = n_stored, len(ids)
         self.n_rows += 1
 
     def full_rows(self):
@@ -103,7 +121,7 @@ class PagedCache:
 
     def can_grow(self):
         """Whether there is a block for each full row."""
-        return len(self.full_rows()) <= len(self.pool.free_ids)
+        return len(self.full_rows()) <= self.pool.n_free()
 
     def grow(self):
         """Give each full row a block, all at once. Raises OutOfBlocks before any change."""
@@ -134,110 +152,148 @@ class PagedCache:
         self.n_rows = first + len(keep)
 
     def usage(self):
-        """Slots reserved, and slots that hold a token."""
-        taken = len(self.pool.ref_count) - len(self.pool.free_ids)
-        return taken * self.block_size, int(self.seq_len[: self.n_rows].sum())
+        """Slots reserved, and slots that hold a token; what rows share counts once."""
+        reserved = (len(self.pool.ref_count) - self.pool.n_free()) * self.block_size
+        seq_len, n_owned = self.seq_len[: self.n_rows], self.n_owned[: self.n_rows]
+        return reserved, reserved - int((n_owned * self.block_size - seq_len).sum())
 
 
-# --- Statistics -----------------------------------------------------------------------------------
-
-REPORT = """
-Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
-Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode: {tokens_per_s:.0f} tokens/s
-Manager            {manager_s:.3f} s in {steps} steps, {share:.2%} of it; {preemptions} preemptions
-Max batch          {peak} in this run, {fits} would fit on average, naive fits {naive_fits}
-Reserved           {gb[peak_reserved_bytes]:.3f} GB of {gb[budget_bytes]:.3f} GB at the peak
-Used               {gb[peak_used_bytes]:.3f} GB
-Fragmented         {fragmented_of_reserved:.2%} of reserved; mean {mean_fragmented_of_reserved:.2%}
-Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({fragmented_of_budget:.2%})"""
+# --- Tiers ----------------------------------------------------------------------------------------
 
 
-class Stats:
-    """The budget of the KV cache and what a run makes of it, in bytes (1e9 to a GB) and seconds.
+class Block:
+    """What a block holds, tokens behind those of the Block `parent` (or of none), and where.
 
-    reserved: no other request can have it. used: it holds a token of a request that still runs.
-    fragmented: reserved - used. Sampled once a step, before anything is freed.
+    Its name is a hash of both: equal names mean equal tokens from the first one on.
     """
 
-    def __init__(self, args, params):
-        head_dim, self.dtype = params["dim"] // params["n_heads"], getattr(torch, args.dtype)
-        self.args, self.shape = args, (params["n_layers"], params["n_kv_heads"], head_dim)
-        self.bytes_per_token = size = 2 * math.prod(self.shape) * self.dtype.itemsize
-        free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 0
-        self.budget = int(1e9 * args.kv_gb if args.kv_gb is not None else 0.9 * free or 1.4e9)
-        self.naive_fits = self.budget // (args.max_seq_len * size)
-        self.samples = []  # (requests running, bytes reserved, bytes used) of each step
-        self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0}
-        self.preemptions = 0
-        fits = f"{self.budget // size:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
-        print(f"KV cache: {self.budget / 1e9:.2f} GB, {size:,} bytes a token: {fits}.", flush=True)
+    def __init__(self, parent, tokens):
+        self.parent, self.tokens = parent, tuple(tokens)
+        behind = parent.name if parent else b""
+        self.name = blake2b(behind + array("q", tokens).tobytes(), digest_size=16).digest()
+        # Its id in each tier, and a function that returns when the copy in DRAM is made.
+        self.hbm = self.dram = self.wait = None
 
-    @contextmanager
-    def clock(self, name):
-        """Add the time that the `with` block takes to seconds[name]."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
 
-    def sample(self, running, waiting, reserved, used):
-        """Note how many requests run and wait in this step, slots reserved and used; show it."""
-        self.samples.append((running, reserved * self.bytes_per_token, used * self.bytes_per_token))
-        if sys.stderr.isatty():
-            done = self.args.n - running - waiting
-            line = f"step {len(self.samples)}: {done} done, {running} running, {waiting} waiting"
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+class TieredCache(PagedCache):
+    """A PagedCache whose blocks outlive their requests, in HBM and in DRAM below it.
 
-    def report(self, texts, prompts, tokens, decode, stop):
-        """Print the answers to `texts`, then the statistics; both go into --json FILE as well.
+    commit() names a row's blocks, lookup() finds those that begin a list of tokens, and admit()
+    starts a row with them. Where room is needed, what was not used for the longest time goes, from
+    HBM to DRAM, from DRAM for good. A preempted request leaves all its blocks and comes back like
+    any other. (Names as in vLLM's prefix caching; the interface is that of UCM's DRAM store.)
+    """
 
-        tokens: each prompt and the answer behind it. decode: tokens to text, without those in stop.
+    def __init__(self, n_dram, link_gbs, n_blocks, block_size, *others):
+        """n_dram: blocks in DRAM. link_gbs: see Link. The others are PagedCache's."""
+        super().__init__(n_blocks, block_size, *others)
+        self.pool.leave = self.leave_hbm
+        self.dram_pool = BlockPool(n_dram, lambda block: self.leave(block, "dram"))
+        size = (n_dram, *self.kv[:, :, 0].shape)  # Here a block is one piece.
+        self.dram = zeros(size, self.kv.dtype, "cpu", pinned=self.kv.is_cuda)
+        self.to_dram, self.to_hbm = (Link(self.kv.is_cuda, link_gbs) for _ in range(2))
+        self.store, self.chains = {}, []  # All Blocks by name; those that each row begins with.
+        self.counts = Counter(shared=0, fetched=0, spilled=0, forgotten=0)  # Blocks.
+
+    def find(self, chain, tokens):
+        """The Block of these tokens behind a chain, known or new; None if another has its name."""
+        new = Block(chain[-1] if chain else None, tokens)
+        block = self.store.get(new.name, new)
+        return block if (block.parent, block.tokens) == (new.parent, new.tokens) else None
+
+    def lookup(self, tokens):
+        """The longest chain of known Blocks that begins `tokens`, and leaves the last to compute.
+
+        The last Block may be one that is not full: of a request preempted at this very length.
         """
-        answers = [both[len(prompt) :] for prompt, both in zip(prompts, tokens, strict=True)]
-        seconds = self.seconds["prefill"] + self.seconds["decode"] or 1
-        samples = self.samples or [(0, 0, 0)]
-        # Of the steps that reserve most, the one that uses most of it.
-        _, reserved, used = max(samples, key=lambda sample: sample[1:])
-        waste = [1 - u / r for _, r, u in samples if r] or [0]
-        fits = self.budget * sum(n for n, _, _ in samples) // (sum(r for _, r, _ in samples) or 1)
-        args, git = self.args, f'git -C "{Path(__file__).parent}" rev-parse --short HEAD'
-        # fmt: off
-        result = {
-            "script": Path(sys.argv[0]).name, "model": args.model.resolve().name,
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
-            "dtype": args.dtype, "torch": torch.__version__,
-            "commit": subprocess.getoutput(f"{git} 2>/dev/null"),
-            "args": vars(args), "requests": args.n, "prompt_tokens": sum(map(len, prompts)),
-            "generated_tokens": sum(map(len, answers)), "preemptions": self.preemptions,
-            "kv": {
-                "bytes_per_token": self.bytes_per_token, "budget_bytes": self.budget,
-                "peak_reserved_bytes": reserved, "peak_used_bytes": used,
-                "fragmented_bytes": reserved - used,
-                "fragmented_of_reserved": (reserved - used) / (reserved or 1),
-                "fragmented_of_budget": (reserved - used) / self.budget,
-                "mean_fragmented_of_reserved": sum(waste) / len(waste),
-            },
-            "max_batch": {
-                "peak": max(n for n, _, _ in samples), "fits": fits, "naive_fits": self.naive_fits,
-            },
-            "time": {
-                **{f"{name}_s": value for name, value in self.seconds.items()},
-                "tokens_per_s": sum(map(len, answers)) / seconds, "steps": len(self.samples),
-            },
-            "responses": [
-                {"prompt_tokens": len(prompt), "tokens": answer,
-                 "text": decode([token for token in answer if token not in stop]).strip()}
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ],
-        }
-        # fmt: on
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1, default=str))
-        sys.stdout.reconfigure(errors="replace")  # Whatever the terminal can show.
-        print(end="\r\033[K" if sys.stderr.isatty() else "", file=sys.stderr)
-        for i, response in enumerate(result["responses"]):
-            lines = [textwrap.fill(line, 100) for line in response["text"].splitlines()]
-            print(f"\n[{i + 1}] {' '.join(texts[i].split())[:95]}\n", *lines, sep="\n")
-        flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}
-        gb = {key: value / 1e9 for key, value in result["kv"].items()}
-        share = self.seconds["manager"] / seconds
-        print(REPORT.format(**flat, gb=gb, share=share), flush=True)
+        chain, end = [], len(tokens) - 1
+        for start in range(0, end, self.block_size):
+            block = self.find(chain, tokens[start : min(start + self.block_size, end)])
+            if not block or block.name not in self.store:
+                break
+            chain.append(block)
+        return chain
+
+    def commit(self, row, tokens, last=False):
+        """Name the row's blocks that are full with `tokens`, its first ones, unless others are.
+
+        last: the last one, too, full or not; then the row must be released.
+        """
+        chain, ids = self.chains[row], self.block_table[row].tolist()
+        end = len(tokens) if last else len(tokens) // self.block_size * self.block_size
+        for start in range(len(chain) * self.block_size, end, self.block_size):
+            block = self.find(chain, tokens[start : min(start + self.block_size, end)])
+            if not block:
+                break
+            chain.append(block)
+            if block.hbm is None:
+                self.store[block.name], block.hbm = block, ids[start // self.block_size]
+                self.pool.named[block.hbm] = block
+
+    def can_admit(self, tokens):
+        """Whether there are blocks for tokens, and one for each row to grow into before long."""
+        used = [b for b in self.lookup(tokens) if b.hbm is not None and b.hbm not in self.pool.idle]
+        return super().can_admit(len(tokens) - len(used) * self.block_size)
+
+    def admit(self, tokens):
+        """Add a row for tokens and return how many of them are stored: the rest is to compute.
+
+        Raises OutOfBlocks, or what went wrong with a copy; both tiers are as before then.
+        """
+        chain = self.lookup(tokens)
+        absent = [block for block in chain if block.hbm is None]
+        held, slots = [b.hbm for b in chain if b.hbm is not None], [b.dram for b in absent]
+        self.pool.hold(held)  # Nothing that makes room now shall take them away.
+        self.dram_pool.hold(slots)
+        try:
+            ids = self.pool.alloc(blocks_for(len(tokens), self.block_size) - len(held))
+            held, fetched, new = held + ids, ids[: len(slots)], ids[len(slots) :]
+            moves = zip(fetched, slots, strict=True)
+            self.to_hbm.copy([(self.kv[:, :, i], self.dram[slot]) for i, slot in moves])()
+        except BaseException:
+            self.pool.free(held)
+            raise
+        finally:
+            self.dram_pool.free(slots)
+        for block, block.hbm in zip(absent, fetched, strict=True):
+            self.pool.named[block.hbm] = block
+        self.counts.update(shared=len(chain) - len(absent), fetched=len(absent))
+        n_stored = sum(len(block.tokens) for block in chain)
+        self.add_row([block.hbm for block in chain] + new, n_stored)
+        if chain and len(chain[-1].tokens) < self.block_size:  # The row will write to its slots.
+            self.leave(self.pool.named.pop(chain.pop().hbm), "hbm")
+        self.chains.append(chain)
+        return n_stored
+
+    def release(self, rows):
+        super().release(rows)
+        self.chains = [chain for row, chain in enumerate(self.chains) if row not in rows]
+
+    def spill(self):
+        """Start to copy what will leave HBM next, a block for each row to grow into."""
+        n = min(self.n_rows - len(self.pool.free_ids), len(self.dram_pool.ref_count))
+        for i in list(islice(self.pool.idle, max(0, n))):
+            self.dump(self.pool.named[i])
+
+    def dump(self, block):
+        """Start to copy a block to DRAM, unless it is there or all blocks there are in use."""
+        if block.dram is None and self.dram_pool.n_free():
+            (block.dram,) = self.dram_pool.alloc(1)
+            self.dram_pool.named[block.dram] = block
+            block.wait = self.to_dram.copy([(self.dram[block.dram], self.kv[:, :, block.hbm])])
+            self.dram_pool.free([block.dram])
+            self.counts["spilled"] += 1
+
+    def leave_hbm(self, block):
+        """Let an idle block go from HBM, when its copy in DRAM is made."""
+        self.dump(block)
+        if block.dram is not None:
+            block.wait()
+        self.leave(block, "hbm")
+
+    def leave(self, block, tier):
+        """The block leaves this tier; if it is not in the other one, it is forgotten."""
+        setattr(block, tier, None)
+        if block.hbm is block.dram is None:
+            del self.store[block.name]
+            self.counts["forgotten"] += 1

@@ -10,22 +10,18 @@ statistics at the end show the price: most of the reserved slots never hold a to
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """
 
-import base64
-import json
 import os
-import subprocess
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from contextlib import contextmanager
 from itertools import accumulate, chain, groupby
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.nn.functional as F
 
-from kernels import flash_attn_with_kvcache, linear, pack
-from kvcache import Stats
+from inputs import PROMPTS, SMOLLM2, load, or_exit, read_prompts
+from kernels import flash_attn_with_kvcache, linear
+from stats import Stats
 
 # Throughout this program
 #     B  requests in the batch, one row each       H    query heads
@@ -34,26 +30,13 @@ from kvcache import Stats
 
 # --- Arguments ------------------------------------------------------------------------------------
 
-HERE = Path(__file__).resolve().parent
-SMOLLM2 = HERE / "models" / "SmolLM2-135M-Instruct"
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-@contextmanager
-def or_exit(sentence):
-    """End the program with this sentence if the `with` block fails because of the user's input."""
-    try:
-        yield
-    except Exception as error:
-        sys.exit(" ".join(f"{sentence} ({type(error).__name__}: {error}".split())[:250] + ").")
-
-
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
 add = parser.add_argument
 add("n", metavar="REQUESTS", type=int, help="after the last prompt, the first comes again")
 add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
-add("--prompts", metavar="FILE", default=HERE / "sharegpt-filtered.json", help="ShareGPT's schema")
+add("--prompts", metavar="FILE", default=PROMPTS, help="ShareGPT's schema")
 add("--kv-gb", metavar="GB", type=float, help="cache budget (CPU: 1.4, CUDA: 90%% of what is free)")
 add("--max-seq-len", metavar="LEN", type=int, default=8192, help="tokens, prompt + answer (8192)")
 add("--max-new-tokens", metavar="LEN", type=int, default=256, help="tokens of an answer (256)")
@@ -63,38 +46,19 @@ add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by
 add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
 add("--json", metavar="FILE", help="write statistics and answers there, too")
 
-# --- Llama 3 --------------------------------------------------------------------------------------
 
-
-def load(args):
-    """Check args; return --model's (params, weights by Meta's names), tokenizer, chat markup."""
+def arguments(argv):
+    """The arguments, where they make sense; ends the program where they do not."""
+    args = parser.parse_args(argv)
     if min(args.n, args.max_seq_len, args.max_new_tokens) < 1 or not 0 <= (args.kv_gb or 0) < 1e6:
         parser.error("REQUESTS, --max-seq-len and --max-new-tokens start at 1, --kv-gb at 0")
     with or_exit(f"--json {args.json} cannot be written"):
         open(args.json or os.devnull, "a").close()  # Better now than after the run.
     torch.manual_seed(args.seed % 2**63)
-    build = [sys.executable, HERE / "models" / "smollm2.py"]
-    if args.model == SMOLLM2 and not SMOLLM2.exists() and subprocess.run(build).returncode:
-        sys.exit(1)
-    with or_exit(f"{args.model} cannot be loaded as a Llama 3 checkpoint of one shard"):
-        params = json.loads((args.model / "params.json").read_text())
-        (shard,) = args.model.glob("consolidated.*.pth")
-        w = torch.load(shard, mmap=args.device == "cuda", weights_only=True)
-        to = (args.device, getattr(torch, args.dtype))
-        w = {name.removesuffix(".weight"): weight.to(*to) for name, weight in w.items()}
-        for i in range(params["n_layers"]):  # What multiplies the same vector becomes one matrix.
-            for name in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"):
-                module, parts = name.split(".w")
-                matrices = [w.pop(f"layers.{i}.{module}.w{part}") for part in parts]
-                w[f"layers.{i}.{name}"] = pack(torch.cat(matrices))
-        # The small models of Llama 3.2 have no output matrix: they use the embeddings.
-        w["output"] = pack(w.get("output", w["tok_embeddings"]))
-        # A checkpoint whose tokenizer or chats are not Llama 3's says so in params.json.
-        chat = params.get("chat") or json.loads((HERE / "models" / "llama3-chat.json").read_text())
-        lines = (args.model / "tokenizer.model").read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        names = {"pat_str": chat["pattern"], "special_tokens": chat["special_tokens"]}
-        return (params, w), tiktoken.Encoding("", mergeable_ranks=ranks, **names), chat
+    return args
+
+
+# --- Llama 3 --------------------------------------------------------------------------------------
 
 
 def rotations(params, positions):
@@ -156,29 +120,6 @@ def choose(logits, temperature):
     return (logits.double() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
 
 
-# --- Prompts --------------------------------------------------------------------------------------
-
-
-def read_prompts(args, encoding, chat):
-    """The first human turns of args.n conversations: texts, and their tokens with chat markup."""
-    before = encoding.encode(chat["begin"] + chat["user"], allowed_special="all")
-    after = encoding.encode(chat["end"] + chat["assistant"], allowed_special="all")
-    with or_exit(f"{args.prompts} is not a JSON file in ShareGPT's schema"):
-        conversations = json.loads(Path(args.prompts).read_text(encoding="utf-8-sig"))
-        first = [turn for c in conversations for turn in c["conversations"][:1]]
-        texts = [t["value"] for t in first if t["from"] in ("human", "user") and t["value"]]
-        if skipped := len(conversations) - len(texts):
-            print(f"{skipped} conversations do not begin with a human: skipped.", file=sys.stderr)
-        if not texts:
-            raise ValueError("no conversation begins with a human")
-        texts = [texts[i % len(texts)] for i in range(args.n)]
-        # encode_ordinary: markup that a user typed stays text.
-        prompts = [[*before, *encoding.encode_ordinary(text), *after] for text in texts]
-    if (longest := max(map(len, prompts))) >= args.max_seq_len:
-        sys.exit(f"--max-seq-len {args.max_seq_len} is too short for a prompt of {longest} tokens.")
-    return texts, prompts
-
-
 # --- KV cache -------------------------------------------------------------------------------------
 
 
@@ -210,7 +151,7 @@ def generate(model, cache, tokens, limits, stop, args, stats):
 
 @torch.inference_mode()
 def main(argv=None):
-    args = parser.parse_args(argv)
+    args = arguments(argv)
     model, encoding, chat = load(args)
     texts, prompts = read_prompts(args, encoding, chat)
     stats = Stats(args, model[0])

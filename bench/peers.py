@@ -131,7 +131,8 @@ def read_prompts():
 
 
 def llama3_paged(folder, extra):
-    from kvcache import PagedCache, Stats
+    from kvcache import PagedCache
+    from stats import Stats
 
     script, args, model, _, _ = paged_model()
 

@@ -1,0 +1,94 @@
+"""What a run reads: a checkpoint in the format in which Meta publishes Llama 3, and prompts."""
+
+import base64
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import tiktoken
+import torch
+
+from kernels import pack
+
+HERE = Path(__file__).resolve().parent
+SMOLLM2 = HERE / "models" / "SmolLM2-135M-Instruct"
+PROMPTS = HERE / "sharegpt-filtered.json"
+
+
+@contextmanager
+def or_exit(sentence):
+    """End the program with this sentence if the `with` block fails because of the user's input."""
+    try:
+        yield
+    except Exception as error:
+        sys.exit(" ".join(f"{sentence} ({type(error).__name__}: {error}".split())[:250] + ").")
+
+
+def load(args):
+    """Returns (params, weights by Meta's names), the tokenizer and the chat markup of args.model.
+
+    A folder of one shard as Meta publishes Llama 3 (original/); SmolLM2 is built if it is missing.
+    Two things differ from the file: matrices that multiply the same vector are one (attention.wqkv,
+    feed_forward.w13), and "output" is there even if it is the embeddings.
+    """
+    build = [sys.executable, HERE / "models" / "smollm2.py"]
+    if args.model == SMOLLM2 and not SMOLLM2.exists() and subprocess.run(build).returncode:
+        sys.exit(1)
+    with or_exit(f"{args.model} cannot be loaded as a Llama 3 checkpoint of one shard"):
+        params = json.loads((args.model / "params.json").read_text())
+        (shard,) = args.model.glob("consolidated.*.pth")
+        w = torch.load(shard, mmap=args.device == "cuda", weights_only=True)
+        to = (args.device, getattr(torch, args.dtype))
+        w = {name.removesuffix(".weight"): weight.to(*to) for name, weight in w.items()}
+        for i in range(params["n_layers"]):
+            for name in ("attention.wqkv", "attention.wo", "feed_forward.w13", "feed_forward.w2"):
+                module, parts = name.split(".w")
+                matrices = [w.pop(f"layers.{i}.{module}.w{part}") for part in parts]
+                w[f"layers.{i}.{name}"] = pack(torch.cat(matrices))
+        # The small models of Llama 3.2 have no output matrix: they use the embeddings.
+        w["output"] = pack(w.get("output", w["tok_embeddings"]))
+        # A checkpoint whose tokenizer or chats are not Llama 3's says so in params.json.
+        chat = params.get("chat") or json.loads((HERE / "models" / "llama3-chat.json").read_text())
+        lines = (args.model / "tokenizer.model").read_bytes().splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        names = {"pat_str": chat["pattern"], "special_tokens": chat["special_tokens"]}
+        return (params, w), tiktoken.Encoding("", mergeable_ranks=ranks, **names), chat
+
+
+def read_turns(args, encoding, chat, n_turns):
+    """The first n_turns human turns of args.n conversations: for each, a list of (text, tokens).
+
+    The tokens have chat markup, which in a later turn ends the answer before it.
+    """
+    first, later, after = (
+        encoding.encode(chat[end] + chat[start], allowed_special="all")
+        for end, start in (("begin", "user"), ("end", "user"), ("end", "assistant"))
+    )
+    with or_exit(f"{args.prompts} is not a JSON file in ShareGPT's schema"):
+        said = []  # What the human says in each conversation.
+        conversations = json.loads(Path(args.prompts).read_text(encoding="utf-8-sig"))
+        for turns in (c["conversations"] for c in conversations):
+            if turns and turns[0]["from"] in ("human", "user") and turns[0]["value"]:
+                said.append([t["value"] for t in turns if t["from"] in ("human", "user")])
+        if skipped := len(conversations) - len(said):
+            print(f"{skipped} conversations do not begin with a human: skipped.", file=sys.stderr)
+        if not said:
+            raise ValueError("no conversation begins with a human")
+        # encode_ordinary: markup that a user typed stays text.
+        requests = [
+            [
+                (text, [*(later if i else first), *encoding.encode_ordinary(text), *after])
+                for i, text in enumerate(said[n % len(said)][:n_turns])
+            ]
+            for n in range(args.n)
+        ]
+    if (longest := max(len(turns[0][1]) for turns in requests)) >= args.max_seq_len:
+        sys.exit(f"--max-seq-len {args.max_seq_len} is too short for a prompt of {longest} tokens.")
+    return requests
+
+
+def read_prompts(args, encoding, chat):
+    """The first turns of args.n conversations: their texts, and their tokens with chat markup."""
+    return zip(*(turns[0] for turns in read_turns(args, encoding, chat, 1)), strict=True)

@@ -1,0 +1,249 @@
+"""Batched Llama 3 with two tiers of KV cache: blocks in HBM, and DRAM below it.
+
+    python llama3-tiered.py 49 --turns 3 --kv-gb 0.2      chats that outgrow HBM
+
+Blocks outlive their requests. When HBM is full, those not used for the longest time move to DRAM;
+a later turn of the chat, a prompt that begins like another, and a request that was preempted find
+them there, and only what is new is computed. Without CUDA, both tiers are pools in memory.
+
+Not handled: checkpoints of more than one shard, several devices, top-p sampling.
+"""
+
+import os
+import sys
+import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import deque
+from dataclasses import dataclass
+from itertools import accumulate, chain, groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from inputs import PROMPTS, SMOLLM2, load, or_exit, read_turns
+from kernels import flash_attn_with_kvcache, linear, runs_flash_attn
+from kvcache import TieredCache, blocks_for
+from stats import Stats
+
+# Throughout this program
+#     B  requests in the batch, one row each       H    query heads
+#     T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
+#     N  new tokens of all requests, concatenated  D    size of a head
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
+add = parser.add_argument
+add("n", metavar="REQUESTS", type=int, help="after the last prompt, the first comes again")
+add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
+add("--prompts", metavar="FILE", default=PROMPTS, help="ShareGPT's schema")
+add("--kv-gb", metavar="GB", type=float, help="cache budget (CPU: 1.4, CUDA: 90%% of what is free)")
+add("--max-seq-len", metavar="LEN", type=int, default=8192, help="tokens, prompt + answer (8192)")
+add("--max-new-tokens", metavar="LEN", type=int, default=256, help="tokens of an answer (256)")
+add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
+add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
+add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
+add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+add("--json", metavar="FILE", help="write statistics and answers there, too")
+
+
+def arguments(argv):
+    """The arguments, where they make sense; ends the program where they do not."""
+    args = parser.parse_args(argv)
+    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1 or not 0 <= (args.kv_gb or 0) < 1e6:
+        parser.error("REQUESTS, --max-seq-len and --max-new-tokens start at 1, --kv-gb at 0")
+    with or_exit(f"--json {args.json} cannot be written"):
+        open(args.json or os.devnull, "a").close()  # Better now than after the run.
+    torch.manual_seed(args.seed % 2**63)
+    return args
+
+
+# --- Llama 3 --------------------------------------------------------------------------------------
+
+
+def rotations(params, positions):
+    """RoPE: e^(i angle) for each pair of dimensions at positions (N,), as (N, 1, D / 2)."""
+    D = params["dim"] // params["n_heads"]
+    exponents = torch.arange(0, D, 2, dtype=torch.float64, device=positions.device) / D
+    frequencies = params["rope_theta"] ** -exponents  # radians per position
+    if params.get("use_scaled_rope"):
+        # Llama 3.1: what turns less than once in the 8,192 positions of pre-training is slowed
+        # down, what turns more than four times is kept, and what lies between is blended.
+        kept = ((8192 * frequencies / (2 * torch.pi) - 1) / (4 - 1)).clamp(0, 1)
+        factor = 8 if params["dim"] >= 4096 else 32  # 3.1's, and that of the small models of 3.2.
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    angles = positions[:, None, None] * frequencies
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def forward(model, new, seq_len, attend):
+    """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
+
+    new: a list of tokens for each row; concatenated, they need no padding. attend(layer, rows,
+    q, k, v) stores the keys and values of these rows (a slice) in place and attends to all of them.
+    """
+    params, w = model
+    H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
+    lengths = [len(tokens) for tokens in new]
+    places = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
+    tokens, positions, ends = (
+        torch.tensor(list(numbers), device=w["norm"].device)
+        for numbers in (chain(*new), chain(*places), accumulate(lengths))
+    )
+    # One attention call for each run of neighbouring rows with equally many new tokens.
+    calls = [(T, list(rows)) for T, rows in groupby(range(len(new)), lengths.__getitem__)]
+    sizes = [T * len(rows) for T, rows in calls]
+    rotation = rotations(params, positions)
+    x = w["tok_embeddings"][tokens]  # (N, dim)
+    for i in range(params["n_layers"]):
+        name = f"layers.{i}."
+        y = F.rms_norm(x, x.shape[1:], w[name + "attention_norm"], eps)
+        qkv = linear(y, w[name + "attention.wqkv"]).unflatten(1, (H + 2 * Hkv, -1))
+        # RoPE in Meta's layout: neighbouring dimensions of q and k are one complex number.
+        pairs = torch.view_as_complex(qkv[:, : H + Hkv].float().unflatten(2, (-1, 2)))
+        qkv[:, : H + Hkv] = torch.view_as_real(pairs * rotation).flatten(2)  # (N, H + 2 Hkv, D)
+        attended = []
+        for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
+            q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], 2)  # (rows, T, heads, D)
+            attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
+        x += linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
+        y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
+        gate, up = linear(y, w[name + "feed_forward.w13"]).chunk(2, dim=1)
+        x += linear(F.silu(gate).mul_(up), w[name + "feed_forward.w2"])
+    return linear(F.rms_norm(x[ends - 1], x.shape[1:], w["norm"], eps), w["output"])
+
+
+def choose(logits, temperature):
+    """The next token of each row, as a list."""
+    if not temperature > 0:
+        return logits.max(dim=1).indices.tolist()  # argmax takes 4 times as long in bfloat16.
+    return (logits.double() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
+
+
+# --- KV cache -------------------------------------------------------------------------------------
+
+add("--block-size", metavar="TOKENS", type=int, help="(16; flash-attn: 256)")
+add("--dram-gb", metavar="GB", type=float, default=4.0, help="blocks in DRAM (4)")
+add("--turns", metavar="T", type=int, default=1, help="human turns of each conversation (1)")
+add("--link-gbs", metavar="X", type=float, help="on a CPU: copy at most X GB/s, as a link would")
+
+
+@dataclass(eq=False)
+class Turn:
+    """A request: one turn of a conversation, with all that was said before."""
+
+    place: tuple  # Number of the conversation, number of the turn.
+    text: str
+    prompt: list
+    later: list  # (text, tokens with chat markup) of the turns that will follow.
+
+    def __post_init__(self):
+        self.tokens = list(self.prompt)  # And the answer behind it.
+        self.arrived, self.first_token = time.perf_counter(), None  # The seconds between them.
+
+    def ended(self, stop, args):
+        limit = min(len(self.prompt) + args.max_new_tokens, args.max_seq_len)
+        return self.tokens[-1] in stop or len(self.tokens) >= limit
+
+    def following(self, stop, args):
+        """The conversation's next turn as a list, empty after the last or where it is too long."""
+        answered = self.tokens[:-1] if self.tokens[-1] in stop else self.tokens
+        turns = [
+            Turn((self.place[0], self.place[1] + 1), text, answered + tokens, self.later[1:])
+            for text, tokens in self.later[:1]
+        ]
+        return [turn for turn in turns if len(turn.prompt) < args.max_seq_len]
+
+
+def generate(model, cache, turns, stop, args, stats):
+    """Answer the turns and those that follow, which join the list, until a stop token or limit."""
+    waiting, running = deque(turns), []  # Row r is of turn running[r].
+    dram_was_full = not args.dram_gb
+
+    def attend(layer, rows, q, k, v):
+        places = {"cache_seqlens": seq_len[rows], "block_table": block_table[rows]}
+        return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
+
+    while waiting or running:
+        prefill = 0  # Tokens of newly admitted turns; 2,048 are enough for a step.
+        with stats.clock("manager"):
+            while not cache.can_grow():
+                waiting.appendleft(running.pop())
+                cache.commit(len(running), waiting[0].tokens[:-1], last=True)
+                cache.release([len(running)])
+                stats.preemptions += 1
+            cache.grow()
+            while waiting and prefill < 2048 and cache.can_admit(waiting[0].tokens):
+                tokens = waiting[0].tokens
+                prefill += len(tokens) - cache.admit(tokens)
+                # This step writes them, in each layer row after row: the next may start with them.
+                cache.commit(len(running), tokens)
+                running.append(waiting.popleft())
+            seq_len, block_table = cache.tables()
+        new = [t.tokens[n:] for t, n in zip(running, seq_len.tolist(), strict=True)]
+        with stats.clock("prefill" if prefill else "decode"):
+            chosen = choose(forward(model, new, seq_len, attend), args.temperature)
+        for turn, token in zip(running, chosen, strict=True):
+            turn.tokens.append(token)
+            turn.first_token = turn.first_token or time.perf_counter() - turn.arrived
+        with stats.clock("manager"):
+            cache.advance([len(t) for t in new])
+            stats.sample(len(running), len(waiting), *cache.usage())
+            ended = [row for row, turn in enumerate(running) if turn.ended(stop, args)]
+            for row in ended:
+                cache.commit(row, running[row].tokens[:-1])
+                waiting.extend(following := running[row].following(stop, args))
+                turns.extend(following)
+            cache.release(ended)
+            cache.spill()
+            running = [turn for row, turn in enumerate(running) if row not in ended]
+        if cache.counts["forgotten"] and not dram_was_full:
+            dram_was_full = True
+            print("DRAM is full (--dram-gb): what is dropped is computed again.", file=sys.stderr)
+
+
+@torch.inference_mode()
+def main(argv=None):
+    args = arguments(argv)
+    no_link = args.link_gbs is not None and not args.link_gbs > 0
+    if not 0 <= args.dram_gb < 1e6 or args.turns < 1 or no_link:
+        parser.error("--dram-gb starts at 0, --turns at 1, --link-gbs above 0")
+    model, encoding, chat = load(args)
+    said = read_turns(args, encoding, chat, args.turns)
+    turns = [Turn((i, 0), *first, later) for i, (first, *later) in enumerate(said)]
+    stats = Stats(args, model[0])
+    unit = 256 if runs_flash_attn(args.device, stats.dtype) else 1
+    size = max(16, unit) if args.block_size is None else args.block_size
+    if size < 1 or size % unit:
+        sys.exit(f"--block-size {size} does not work: this kernel takes multiples of {unit}.")
+    block_bytes = size * stats.bytes_per_token
+    room, n_dram = stats.budget // block_bytes, int(args.dram_gb * 1e9) // block_bytes
+    longest = max(sum(len(t) + args.max_new_tokens for _, t in c) for c in said)
+    longest = min(longest, args.max_seq_len)
+    if (need := blocks_for(longest - 1, size)) > room:
+        sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
+    with or_exit("So much memory (--kv-gb, --dram-gb) cannot be had"):
+        paged = (room, size, args.n, longest, stats.shape, stats.dtype, args.device)
+        cache = TieredCache(n_dram, args.link_gbs, *paged)
+    stop = {chat["special_tokens"][name] for name in chat["stop"]}
+    try:
+        generate(model, cache, turns, stop, args, stats)
+    finally:  # Ctrl-C, too, leaves the answers and statistics so far.
+        turns.sort(key=lambda turn: turn.place)
+        stats.tiers = {
+            **cache.counts, "block_bytes": block_bytes, "link_gbs": args.link_gbs,
+            "first_token_s": [t.first_token for t in turns if t.place[1] == 0],
+            "later_first_token_s": [t.first_token for t in turns if t.place[1] > 0],
+        }  # fmt: skip
+        texts, prompts, tokens = zip(*((t.text, t.prompt, t.tokens) for t in turns), strict=True)
+        stats.report(texts, prompts, tokens, encoding.decode, stop)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or `| head` has seen enough.
+        os._exit(130)
