@@ -9,7 +9,6 @@ Throughout this file
 import math
 import mmap
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -171,37 +170,32 @@ def zeros(size, dtype, device, pinned=False):
 
 
 class Link:
-    """One direction between HBM and DRAM: copies, in the order of the calls, beside other work.
+    """One direction between HBM and DRAM, in which copies follow each other.
 
-    On CUDA they run on a stream of their own, elsewhere on a thread, which sleeps, too, if they
-    would take longer on a link of gbs GB/s.
+    On CUDA a stream of its own, beside the computation. Elsewhere a copy is made at once; where gbs
+    is given, it counts as under way for as long as a link of gbs (1e9 bytes a second) would take.
     """
 
     def __init__(self, on_cuda, gbs=None):
-        self.stream = torch.cuda.Stream() if on_cuda else None
-        self.thread, self.gbs = ThreadPoolExecutor(1), gbs
-        self.seconds = 0.0  # of copying, on a CPU
+        self.stream, self.gbs = torch.cuda.Stream() if on_cuda else None, gbs
+        self.seconds, self.idle_at = 0.0, 0.0  # On a CPU: spent copying; the end of the last copy.
 
     def copy(self, pairs):
-        """Start to copy each (target, source); returns a function that waits for the end of that.
+        """Start to copy each (target, source). Returns a function that waits until that is done.
 
-        On CUDA it makes later work of the GPU wait, not the caller.
+        On CUDA it makes the GPU's later work wait, not the caller.
         """
-        if not self.stream:
-            return self.thread.submit(self._copy, pairs).result
-        self.stream.wait_stream(torch.cuda.current_stream())  # Which has written the sources.
-        with torch.cuda.stream(self.stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-        done = self.stream.record_event()
-        return lambda: torch.cuda.current_stream().wait_event(done)
-
-    @torch.inference_mode()
-    def _copy(self, pairs):
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())  # Which has written the sources.
+            with torch.cuda.stream(self.stream):
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
+            event = self.stream.record_event()
+            return lambda: torch.cuda.current_stream().wait_event(event)
         start = time.perf_counter()
         for target, source in pairs:
             target.copy_(source)
-        if self.gbs:
-            n_bytes = sum(source.nbytes for _, source in pairs)
-            time.sleep(max(0, n_bytes / self.gbs / 1e9 - (time.perf_counter() - start)))
         self.seconds += time.perf_counter() - start
+        takes = sum(source.nbytes for _, source in pairs) / (self.gbs or math.inf) / 1e9
+        self.idle_at = end = max(start, self.idle_at) + takes
+        return lambda: time.sleep(max(0, end - time.perf_counter()))
