@@ -193,7 +193,7 @@ class TieredCache(PagedCache):
         self.dram = zeros(size, self.kv.dtype, "cpu", pinned=self.kv.is_cuda)
         self.to_dram, self.to_hbm = (Link(self.kv.is_cuda, link_gbs) for _ in range(2))
         self.store, self.chains = {}, []  # All Blocks by name; those that each row begins with.
-        self.counts = Counter(shared=0, fetched=0, spilled=0, forgotten=0)  # Blocks.
+        self.counts = Counter(shared=0, fetched=0, spilled=0, dropped=0)  # Blocks.
 
     def find(self, chain, tokens):
         """The Block of these tokens behind a chain, known or new; None if another has its name."""
@@ -261,7 +261,7 @@ class TieredCache(PagedCache):
         n_stored = sum(len(block.tokens) for block in chain)
         self.add_row([block.hbm for block in chain] + new, n_stored)
         if chain and len(chain[-1].tokens) < self.block_size:  # The row will write to its slots.
-            self.leave(self.pool.named.pop(chain.pop().hbm), "hbm")
+            self.leave(self.pool.named.pop(chain.pop().hbm), "hbm", taken=True)
         self.chains.append(chain)
         return n_stored
 
@@ -291,9 +291,9 @@ class TieredCache(PagedCache):
             block.wait()
         self.leave(block, "hbm")
 
-    def leave(self, block, tier):
-        """The block leaves this tier; if it is not in the other one, it is forgotten."""
+    def leave(self, block, tier, taken=False):
+        """The Block loses its place in a tier, which a row has taken over or others need."""
         setattr(block, tier, None)
         if block.hbm is block.dram is None:
             del self.store[block.name]
-            self.counts["forgotten"] += 1
+            self.counts["dropped"] += not taken

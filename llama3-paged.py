@@ -135,14 +135,14 @@ def generate(model, cache, tokens, limits, stop, args, stats):
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
     while waiting or running:
-        prefill = 0  # Tokens of newly admitted requests; 2,048 are enough for a step.
+        prefill = 0  # Tokens of newly admitted requests; 512 are enough for a step.
         with stats.clock("manager"):
             while not cache.can_grow():
                 cache.release([len(running) - 1])
                 waiting.appendleft(running.pop())
                 stats.preemptions += 1
             cache.grow()
-            while waiting and prefill < 2048 and cache.can_admit(len(tokens[waiting[0]])):
+            while waiting and prefill < 512 and cache.can_admit(len(tokens[waiting[0]])):
                 running.append(waiting.popleft())
                 prefill += len(tokens[running[-1]])
                 cache.admit(len(tokens[running[-1]]))

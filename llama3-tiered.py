@@ -168,7 +168,7 @@ def generate(model, cache, turns, stop, args, stats):
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
     while waiting or running:
-        prefill = 0  # Tokens of newly admitted turns; 2,048 are enough for a step.
+        prefill = 0  # Tokens of newly admitted turns; 512 are enough for a step.
         with stats.clock("manager"):
             while not cache.can_grow():
                 waiting.appendleft(running.pop())
@@ -176,7 +176,7 @@ def generate(model, cache, turns, stop, args, stats):
                 cache.release([len(running)])
                 stats.preemptions += 1
             cache.grow()
-            while waiting and prefill < 2048 and cache.can_admit(waiting[0].tokens):
+            while waiting and prefill < 512 and cache.can_admit(waiting[0].tokens):
                 tokens = waiting[0].tokens
                 prefill += len(tokens) - cache.admit(tokens)
                 # This step writes them, in each layer row after row: the next may start with them.
@@ -200,7 +200,7 @@ def generate(model, cache, turns, stop, args, stats):
             cache.release(ended)
             cache.spill()
             running = [turn for row, turn in enumerate(running) if row not in ended]
-        if cache.counts["forgotten"] and not dram_was_full:
+        if cache.counts["dropped"] and not dram_was_full:
             dram_was_full = True
             print("DRAM is full (--dram-gb): what is dropped is computed again.", file=sys.stderr)
 

@@ -25,7 +25,7 @@ Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({fragmented_of_budget:.2%})"""
 
 TIERS = """
 Blocks found       {shared:,} in HBM, {fetched:,} in DRAM ({up:.2f} GB fetched{link})
-Blocks moved       {spilled:,} to DRAM ({down:.2f} GB); {forgotten:,} dropped for good
+Blocks moved       {spilled:,} to DRAM ({down:.2f} GB); {dropped:,} dropped for good
 First token        {first:.2f} s in first turns, {later:.2f} s in later ones (medians)"""
 
 

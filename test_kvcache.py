@@ -526,13 +526,13 @@ class TieredCacheMachine(RuleBasedStateMachine):
             raise OSError("the link is down")
 
         self.cache.to_hbm = SimpleNamespace(copy=broken)
-        spilled = self.cache.counts["spilled"], self.cache.counts["forgotten"]
+        spilled = self.cache.counts["spilled"], self.cache.counts["dropped"]
         with pytest.raises((OSError, OutOfBlocks)):
             self.cache.admit(tokens)
         self.cache.to_hbm = link
         after = self.state()
         assert [p[2] for p in after[0]] == [p[2] for p in before[0]] and after[2] == before[2]
-        if spilled == (self.cache.counts["spilled"], self.cache.counts["forgotten"]):
+        if spilled == (self.cache.counts["spilled"], self.cache.counts["dropped"]):
             assert self.cache.lookup(tokens)[: len(chain)] == chain
 
     @invariant()
@@ -802,7 +802,7 @@ def test_tiered_equals_plain_forward(tmp_path, tiny, monkeypatch, capsys, block_
     assert result["preemptions"] >= 5 and result["tiers"]["shared"] > 0
     assert result["kv"]["peak_reserved_bytes"] <= result["kv"]["budget_bytes"]
     full = capsys.readouterr().err.count("DRAM is full")
-    assert full == (dram_blocks == 7) and bool(result["tiers"]["forgotten"]) == (dram_blocks <= 7)
+    assert full == (dram_blocks == 7) and bool(result["tiers"]["dropped"]) == (dram_blocks <= 7)
     assert bool(result["tiers"]["fetched"]) == bool(dram_blocks)
 
 
@@ -815,6 +815,16 @@ def test_a_preempted_request_computes_nothing_again(tmp_path, tiny, monkeypatch)
     assert answers(result) == [plain_generate(tiny, tiny_prompt(text), 60) for text in texts]
     once = sum(len(text) + 2 + 60 - 1 for text in texts)
     assert result["preemptions"] > 10 and sum(sum(new) for (new,) in advanced) == once
+    assert result["tiers"]["dropped"] == 0
+
+
+def test_a_request_that_comes_back_at_once_is_not_counted_as_dropped():
+    cache, tokens = tiered_cache(), list(range(10))
+    fill(cache, tokens)
+    cache.commit(0, tokens, last=True)
+    cache.release([0])
+    assert cache.admit([*tokens, 99]) == 10
+    assert cache.counts["dropped"] == 0 and len(cache.store) == 2  # The third block is the row's.
 
 
 @pytest.mark.parametrize("stop", [False, True])
@@ -848,6 +858,33 @@ def test_turns(tmp_path, tiny, stop):
         assert tiers["shared"] + tiers["fetched"] >= found > 0
         assert len(tiers["first_token_s"]) == 5 and len(tiers["later_first_token_s"]) == 9
         assert all(seconds > 0 for seconds in tiers["first_token_s"])
+
+
+def test_turns_on_smollm2(tmp_path, smollm2):
+    """A tiny HBM, an unlimited one, and llama3-paged.py fed the same histories."""
+    said = [["What is a KV cache?", "Why?"], ["Name three rivers.", "Which is long?", "And wide?"]]
+    said += [["def add(a, b):\n    return", "Now in C."], ["What is a cat?", "And a dog?"]]
+    options = ["--turns", 3, "--max-new-tokens", 12, "--block-size", 4]
+    wide = run(TIERED, smollm2, tmp_path, said, *options)
+    tight = run(TIERED, smollm2, tmp_path, said, *options, "--kv-gb", 0.01)
+    assert answers(tight) == answers(wide) and not wide["tiers"]["fetched"]
+    assert tight["tiers"]["fetched"] > 0 and tight["preemptions"] > 0
+    argv = [4, "--model", smollm2, "--prompts", tmp_path / "prompts.json", "--dtype", "float32"]
+    args = PAGED.parser.parse_args([str(a) for a in (*argv, "--device", "cpu", "--kv-gb", 1)])
+    model, encoding, chat = PAGED.load(args)
+    stop, prompts = {chat["special_tokens"][name] for name in chat["stop"]}, []
+    answer = iter(answers(wide))
+    for conversation in TIERED.read_turns(args, encoding, chat, 3):
+        history = []
+        for _, tokens in conversation:
+            prompts.append([*history, *tokens])
+            history = [*prompts[-1], *(t for t in next(answer) if t not in stop)]
+    tokens, limits = [list(prompt) for prompt in prompts], [len(p) + 12 for p in prompts]
+    stats = Stats(args, model[0])
+    cache = PagedCache(2000, 4, len(prompts), max(limits), stats.shape, stats.dtype, "cpu")
+    with torch.inference_mode():
+        PAGED.generate(model, cache, tokens, limits, stop, args, stats)
+    assert [both[len(p) :] for both, p in zip(tokens, prompts, strict=True)] == answers(wide)
 
 
 def test_equal_prompts_in_one_step_share_blocks(tmp_path, tiny):
@@ -1106,9 +1143,9 @@ def test_order_of_admission(tmp_path, tiny, monkeypatch, slots, overlap):
     assert any(now[0] > old[1] - now[1] > 0 for old, now in pairwise(sampled)) == overlap
 
 
-def test_a_step_admits_about_2048_tokens(tmp_path, tiny, monkeypatch):
+def test_a_step_admits_about_512_tokens(tmp_path, tiny, monkeypatch):
     sampled = record(monkeypatch, Stats, "sample")
-    run(PAGED, tiny, tmp_path, [text_of(898, seed=n) for n in range(4)], "--max-new-tokens", 3)
+    run(PAGED, tiny, tmp_path, [text_of(248, seed=n) for n in range(4)], "--max-new-tokens", 3)
     assert [running for running, *_ in sampled] == [3, 4, 4, 1]
 
 

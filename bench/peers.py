@@ -169,7 +169,7 @@ def products_alone(folder, extra):
         waiting, running = [len(prompt) for prompt in prompts], 0
         while waiting:
             n_tokens, before = 0, running
-            while waiting and n_tokens < 2048:
+            while waiting and n_tokens < 512:
                 n_tokens, running = n_tokens + waiting.pop(0), running + 1
             step(n_tokens + before, running)
         start = time.perf_counter()

@@ -57,17 +57,12 @@ class Bench:
     def cache(self, n_tokens, n_requests):
         """Both tiers have room for all requests, HBM for a block more each."""
         n_blocks = n_requests * (blocks_for(n_tokens, self.size) + 1)
-        shape = (self.params["n_layers"], self.params["n_kv_heads"])
-        shape += (self.params["dim"] // self.params["n_heads"],)
-        paged = (
-            n_blocks,
-            self.size,
-            n_requests,
-            n_tokens + 1,
-            shape,
-            self.dtype(),
-            self.args.device,
+        layers, heads, dim = (self.params[name] for name in ("n_layers", "n_kv_heads", "dim"))
+        shape, place = (
+            (layers, heads, dim // self.params["n_heads"]),
+            (self.dtype(), self.args.device),
         )
+        paged = (n_blocks, self.size, n_requests, n_tokens + 1, shape, *place)
         return TieredCache(n_blocks, None, *paged)
 
     def prompt(self, n_tokens):
@@ -105,7 +100,7 @@ class Bench:
         return statistics.mean(turn.first_token for turn in turns)
 
     def hit(self, way, n_tokens, n_requests):
-        """Seconds to the first token, and those of copying."""
+        """Seconds to the first token with 80% of the prompts in this tier."""
         cache = self.cache(n_tokens, n_requests)
         prompts = [self.prompt(n_tokens) for _ in range(n_requests)]
         kept = n_tokens * 4 // 5 // self.size * self.size
@@ -117,8 +112,7 @@ class Bench:
         blocks = kept // self.size * n_requests
         found = cache.counts["shared"], cache.counts["fetched"]
         assert found == {"computed": (0, 0), "HBM": (blocks, 0), "DRAM": (0, blocks)}[way]
-        n_bytes = cache.counts["fetched"] * cache.dram[0].nbytes
-        return seconds, cache.to_hbm.seconds, n_bytes
+        return seconds
 
     def resume(self, way, n_tokens):
         """Seconds a preempted request of n_tokens costs until its next token."""
@@ -128,6 +122,17 @@ class Bench:
             self.store(cache, tokens[:-1])
             away = self.spill(cache)
         return away + self.first_token(cache, [tokens])
+
+    def bandwidths(self, n_tokens):
+        """GB/s (1e9 bytes) to DRAM and back to HBM."""
+        cache, tokens = self.cache(n_tokens + 1, 1), self.prompt(n_tokens + 1)
+        self.store(cache, tokens[:-1])
+        down = self.spill(cache)
+        start = time.perf_counter()
+        cache.admit(tokens)
+        self.synchronize()
+        up = time.perf_counter() - start
+        return [len(tokens) // self.size * cache.dram[0].nbytes / s / 1e9 for s in (down, up)]
 
 
 def print_tables(result):
@@ -141,9 +146,8 @@ def print_tables(result):
         ucm = f"{UCM[n, requests]:+9.0%}" if (n, requests) in UCM else f"{'-':>9}"
         print(f"{n:6,}{requests:10}{full:11.2f}{hbm:8.2f}{dram:8.2f}{dram / hbm:11.2f}"
               f"{full / dram - 1:+9.0%}{full / hbm - 1:+9.0%}{ucm}")  # fmt: skip
-    if fetch := result["fetch"]["seconds"]:
-        gbs = result["fetch"]["bytes"] / fetch / 1e9
-        print(f"Fetched {result['fetch']['bytes'] / 1e9:.1f} GB at {gbs:.1f} GB/s.")
+    down, up = result["gb_per_s"]
+    print(f"Copies of 8,192 tokens: {down:.1f} GB/s to DRAM, {up:.1f} GB/s back.")
     if result["resume"]:
         print("\nMilliseconds to the next token of a preempted request")
         print("context      swap   recompute   ratio")
@@ -221,9 +225,10 @@ def main():
         draw(result, args.show)
         return
     bench = Bench()
-    result = {"rounds": args.rounds, "fetch": {"bytes": 0, "seconds": 0.0}}
-    result |= {"first_token": [], "resume": []}
     bench.hit("computed", 512, 1)  # Warms up.
+    gb_per_s = [bench.bandwidths(8192) for _ in range(args.rounds)]
+    gb_per_s = [statistics.median(values) for values in zip(*gb_per_s, strict=True)]
+    result = {"rounds": args.rounds, "gb_per_s": gb_per_s, "first_token": [], "resume": []}
     for context in args.contexts:
         seconds = {"swap": [], "recompute": []}
         for _ in range(args.rounds):
@@ -237,10 +242,7 @@ def main():
             seconds = {way: [] for way in WAYS}
             for _ in range(max(1, args.rounds * 4000 // n_tokens)):
                 for way, values in seconds.items():
-                    first, copying, n_bytes = bench.hit(way, n_tokens, n_requests)
-                    values.append(first)
-                    result["fetch"]["seconds"] += copying
-                    result["fetch"]["bytes"] += n_bytes
+                    values.append(bench.hit(way, n_tokens, n_requests))
             medians = {way: statistics.median(values) for way, values in seconds.items()}
             case = {"tokens": n_tokens, "requests": n_requests, "seconds": medians}
             result["first_token"].append(case)
