@@ -761,7 +761,7 @@ def admit_greedily(monkeypatch):
 @pytest.mark.parametrize("tight", [False, True])
 def test_paged_equals_plain_forward(tmp_path, tiny, monkeypatch, block_size, tight):
     """Prompts that end just before, at and after a block; tight: hardly room for the longest."""
-    lengths = [block_size - 1, block_size, block_size, 5, 33, 40] * 4
+    lengths = [block_size - 1, block_size, block_size, 5, 33, 40] * 6
     lengths += [block_size + 1, 2 * block_size]
     texts = [text_of(n - 2, seed=n) for n in lengths if n > 2]
     limit, options = 40, []
