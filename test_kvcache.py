@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -663,6 +664,58 @@ def test_a_slot_is_not_reused_before_its_copy_is_made(monkeypatch):
     assert torch.equal(cache.kv[:, :, cache.block_table[0, :2]], held[:, :, :2])
 
 
+def test_copies_down_begin_before_their_room_is_needed():
+    """spill() copies, for each row, the idle block that leaves next: the end of a text first."""
+    cache, tokens = tiered_cache(n_blocks=4), list(range(12))
+    fill(cache, tokens)
+    cache.release([0])
+    fill(cache, [99])
+    blocks = cache.lookup([*tokens, 0])
+    cache.spill()
+    assert [block.dram is not None for block in blocks] == [False, False, True]
+    cache.spill()
+    assert cache.counts["spilled"] == 1
+    cache.pool.alloc(1)
+    assert [block.hbm is not None for block in blocks] == [True, True, False]
+
+
+def test_a_link_on_cuda_is_a_stream_beside_the_computation(monkeypatch):
+    """The calls and their order, against a stand-in for torch.cuda."""
+    calls = []
+
+    class Stream:
+        def __init__(self, name="link"):
+            self.name = name
+
+        def wait_stream(self, other):
+            calls.append((self.name, "waits for", other.name))
+
+        def wait_event(self, event):
+            calls.append((self.name, "waits for", event))
+
+        def record_event(self):
+            calls.append((self.name, "records"))
+            return "event"
+
+    @contextmanager
+    def stream(stream):
+        calls.append((stream.name, "begins"))
+        yield
+        calls.append((stream.name, "ends"))
+
+    compute = Stream("compute")
+    cuda = SimpleNamespace(Stream=Stream, stream=stream, current_stream=lambda: compute)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    target, source = torch.zeros(3), torch.ones(3)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda a, b, non_blocking: (
+        calls.append(("copy", a is target, b is source, non_blocking))))  # fmt: skip
+    wait = kernels.Link(True).copy([(target, source)])
+    before = [("link", "waits for", "compute"), ("link", "begins"), ("copy", True, True, True)]
+    assert calls == [*before, ("link", "ends"), ("link", "records")]
+    wait()
+    assert calls[5:] == [("compute", "waits for", "event")]
+
+
 def test_a_link_takes_its_time(monkeypatch):
     """Copies follow each other, beside other work: 2 MB at 0.1 GB/s are 20 ms."""
     clock = SimpleNamespace(now=5.0)
@@ -832,7 +885,7 @@ def test_turns(tmp_path, tiny, stop):
     """Each turn is answered as the conversation so far would be, and finds it in the store."""
     said = [[text_of(n, seed=n + t) for t in range(3)] for n in (20, 9, 26, 31)] + [["one", "two"]]
     chat = {**CHAT, "end": "<|3|>"}
-    first = plain_generate(tiny, tiny_prompt(said[0][0]), 8) if stop else []
+    first = plain_generate(tiny, [256, *said[0][0].encode(), 259, 257], 4) if stop else []
     chat["special_tokens"] = {**CHAT["special_tokens"], "<|2|>": first[3] if stop else 258}
     folder = make_checkpoint(tmp_path / "model", chat=chat)
     stops = {chat["special_tokens"]["<|2|>"]}
@@ -846,6 +899,7 @@ def test_turns(tmp_path, tiny, stop):
             stored = [*prompt, *expected[-1]][:-1]  # The last token was never stored.
             history = [*prompt, *(t for t in expected[-1] if t not in stops), 259]
             found += len(stored) // 4 if text != conversation[-1] else 0
+    assert stop == (len(expected[0]) == 4)
     for tight in (False, True):
         blocks = kvcache.blocks_for(140, 4)
         options = ["--kv-gb", blocks * 4 * BYTES_PER_TOKEN / 1e9] if tight else []
