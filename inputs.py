@@ -4,13 +4,16 @@ import base64
 import json
 import subprocess
 import sys
+import time
+from argparse import ArgumentTypeError
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import tiktoken
 import torch
 
-from kernels import pack
+from kernels import pack, runs_flash_attn
 
 HERE = Path(__file__).resolve().parent
 SMOLLM2 = HERE / "models" / "SmolLM2-135M-Instruct"
@@ -24,6 +27,26 @@ def or_exit(sentence):
         yield
     except Exception as error:
         sys.exit(" ".join(f"{sentence} ({type(error).__name__}: {error}".split())[:250] + ").")
+
+
+def at_least(least, kind=int):
+    """A type for argparse: numbers from `least` on, and below 1e9."""
+
+    def number(text):
+        if not least <= kind(text) < 1e9:
+            raise ArgumentTypeError(f"{text} is not a number from {least} to 1e9")
+        return kind(text)
+
+    return number
+
+
+def block_size_for(args):
+    """args.block_size, or the kernel's usual one; ends the program if that cannot take it."""
+    unit = 256 if runs_flash_attn(args.device, getattr(torch, args.dtype)) else 1
+    size = args.block_size or max(16, unit)
+    if size % unit:
+        sys.exit(f"--block-size {size} does not work: this kernel takes multiples of {unit}.")
+    return size
 
 
 def load(args):
@@ -58,7 +81,7 @@ def load(args):
 
 
 def read_turns(args, encoding, chat, n_turns):
-    """The first n_turns human turns of args.n conversations: for each, a list of (text, tokens).
+    """The first Turn of args.n conversations, in which there are n_turns at most.
 
     The tokens have chat markup, which in a later turn ends the answer before it.
     """
@@ -77,18 +100,55 @@ def read_turns(args, encoding, chat, n_turns):
         if not said:
             raise ValueError("no conversation begins with a human")
         # encode_ordinary: markup that a user typed stays text.
-        requests = [
-            [
-                (text, [*(later if i else first), *encoding.encode_ordinary(text), *after])
-                for i, text in enumerate(said[n % len(said)][:n_turns])
-            ]
-            for n in range(args.n)
-        ]
-    if (longest := max(len(turns[0][1]) for turns in requests)) >= args.max_seq_len:
+        turns = []
+        for n in range(args.n):
+            text, *others = said[n % len(said)][:n_turns]
+            parts = [[*later, *encoding.encode_ordinary(other), *after] for other in others]
+            prompt = [*first, *encoding.encode_ordinary(text), *after]
+            turns.append(Turn((n, 0), text, prompt, list(zip(others, parts, strict=True))))
+    if (longest := max(len(turn.prompt) for turn in turns)) >= args.max_seq_len:
         sys.exit(f"--max-seq-len {args.max_seq_len} is too short for a prompt of {longest} tokens.")
-    return requests
+    return turns
 
 
 def read_prompts(args, encoding, chat):
     """The first turns of args.n conversations: their texts, and their tokens with chat markup."""
-    return zip(*(turns[0] for turns in read_turns(args, encoding, chat, 1)), strict=True)
+    turns = read_turns(args, encoding, chat, 1)
+    return [turn.text for turn in turns], [turn.prompt for turn in turns]
+
+
+@dataclass(eq=False)
+class Turn:
+    """A request: one turn of a conversation, with all that was said before."""
+
+    place: tuple  # Number of the conversation, number of the turn.
+    text: str
+    prompt: list
+    later: list  # (text, tokens with chat markup) of the turns that will follow.
+
+    def __post_init__(self):
+        self.tokens = list(self.prompt)  # And the answer behind it.
+        self.arrived, self.first_token = time.perf_counter(), None  # The seconds between them.
+
+    def longest(self, args):
+        """The most tokens that the conversation can come to."""
+        said = [self.prompt, *(tokens for _, tokens in self.later)]
+        return sum(len(tokens) + args.max_new_tokens for tokens in said)
+
+    def add(self, token):
+        self.tokens.append(token)
+        self.first_token = self.first_token or time.perf_counter() - self.arrived
+
+    def ended(self, stop, args):
+        limit = min(len(self.prompt) + args.max_new_tokens, args.max_seq_len)
+        answered = len(self.tokens) > len(self.prompt)
+        return answered and (self.tokens[-1] in stop or len(self.tokens) >= limit)
+
+    def following(self, stop, args):
+        """The conversation's next turn as a list, empty after the last or where it is too long."""
+        answered = self.tokens[:-1] if self.tokens[-1] in stop else self.tokens
+        turns = [
+            Turn((self.place[0], self.place[1] + 1), text, answered + tokens, self.later[1:])
+            for text, tokens in self.later[:1]
+        ]
+        return [turn for turn in turns if len(turn.prompt) < args.max_seq_len]

@@ -5,14 +5,13 @@ blocks, anywhere in the pool, and its row of the block table names them in order
 t % block_size of block table[row, t // block_size]. (PagedAttention, Kwon et al. 2023, section 4)
 """
 
-from array import array
 from collections import Counter, OrderedDict
-from hashlib import blake2b
 from itertools import islice
 
 import torch
 
 from kernels import Link, zeros
+from prefix import PrefixStore
 
 # --- Blocks ---------------------------------------------------------------------------------------
 
@@ -94,11 +93,16 @@ class PagedCache:
         # The lengths that the manager looks at in each step stay on the CPU.
         self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored, new ones excluded.
         self.n_owned = torch.zeros(max_rows, dtype=torch.int32)  # Blocks that the row has.
+        self.n_gone = torch.zeros(max_rows, dtype=torch.int32)  # Tokens evicted, see evict().
         self.n_rows = 0
 
     def layer(self, i):
         """k_cache and v_cache of a layer, (n_blocks, block_size, Hkv, D) each, for the kernel."""
         return self.kv[i, 0].transpose(1, 2), self.kv[i, 1].transpose(1, 2)
+
+    def positions(self):
+        """Where each row's next token stands in its text, (n_rows,), on the CPU."""
+        return self.seq_len[: self.n_rows] + self.n_gone[: self.n_rows]
 
     def can_admit(self, n_tokens):
         """Whether there are blocks for n_tokens, and one for each row to grow into before long."""
@@ -112,6 +116,7 @@ class PagedCache:
         """Add a row with these blocks, in which its first n_stored tokens are."""
         self.block_table[self.n_rows, : len(ids)] = self.block_table.new_tensor(ids)
         self.seq_len[self.n_rows], self.n_owned[self.n_rows] = n_stored, len(ids)
+        self.n_gone[self.n_rows] = 0
         self.n_rows += 1
 
     def full_rows(self):
@@ -147,9 +152,27 @@ class PagedCache:
             self.pool.free(self.block_table[row, : self.n_owned[row]].tolist())
         first = min(rows, default=self.n_rows)
         keep = [row for row in range(first, self.n_rows) if row not in rows]
-        for state in (self.block_table, self.seq_len, self.n_owned):
+        for state in (self.block_table, self.seq_len, self.n_owned, self.n_gone):
             state[first : first + len(keep)] = state[keep]
         self.n_rows = first + len(keep)
+
+    def evict(self, row, sink, window):
+        """Free the row's blocks between the first `sink` blocks and the last `window` tokens.
+
+        The window counts the token that comes next. What is behind moves up in the table. Returns
+        the ids of the blocks, which keep what they hold until they are taken again.
+        """
+        n = (int(self.seq_len[row]) + 1 - window) // self.block_size - sink
+        if n <= 0:
+            return []
+        table = self.block_table[row]
+        ids = table[sink : sink + n].tolist()
+        table[sink:-n] = table[sink + n :].clone()
+        self.n_owned[row] -= n
+        self.seq_len[row] -= n * self.block_size
+        self.n_gone[row] += n * self.block_size
+        self.pool.free(ids)
+        return ids
 
     def usage(self):
         """Slots reserved, and slots that hold a token; what rows share counts once."""
@@ -161,24 +184,10 @@ class PagedCache:
 # --- Tiers ----------------------------------------------------------------------------------------
 
 
-class Block:
-    """What a block holds, tokens behind those of the Block `parent` (or of none), and where.
-
-    Its name is a hash of both: equal names mean equal tokens from the first one on.
-    """
-
-    def __init__(self, parent, tokens):
-        self.parent, self.tokens = parent, tuple(tokens)
-        behind = parent.name if parent else b""
-        self.name = blake2b(behind + array("q", tokens).tobytes(), digest_size=16).digest()
-        # Its id in each tier, and a function that returns when the copy in DRAM is made.
-        self.hbm = self.dram = self.wait = None
-
-
 class TieredCache(PagedCache):
     """A PagedCache whose blocks outlive their requests, in HBM and in DRAM below it.
 
-    commit() names a row's blocks, lookup() finds those that begin a list of tokens, and admit()
+    commit() names a row's blocks, store.lookup() finds those that begin a list of tokens, admit()
     starts a row with them. Where room is needed, what was not used for the longest time goes, from
     HBM to DRAM, from DRAM for good. A preempted request leaves all its blocks and comes back like
     any other. (Names as in vLLM's prefix caching; the interface is that of UCM's DRAM store.)
@@ -192,55 +201,33 @@ class TieredCache(PagedCache):
         size = (n_dram, *self.kv[:, :, 0].shape)  # Here a block is one piece.
         self.dram = zeros(size, self.kv.dtype, "cpu", pinned=self.kv.is_cuda)
         self.to_dram, self.to_hbm = (Link(self.kv.is_cuda, link_gbs) for _ in range(2))
-        self.store, self.chains = {}, []  # All Blocks by name; those that each row begins with.
+        self.store, self.chains = PrefixStore(block_size), []  # Chains: what each row begins with.
         self.counts = Counter(shared=0, fetched=0, spilled=0, dropped=0)  # Blocks.
-
-    def find(self, chain, tokens):
-        """The Block of these tokens behind a chain, known or new; None if another has its name."""
-        new = Block(chain[-1] if chain else None, tokens)
-        block = self.store.get(new.name, new)
-        return block if (block.parent, block.tokens) == (new.parent, new.tokens) else None
-
-    def lookup(self, tokens):
-        """The longest chain of known Blocks that begins `tokens`, and leaves the last to compute.
-
-        The last Block may be one that is not full: of a request preempted at this very length.
-        """
-        chain, end = [], len(tokens) - 1
-        for start in range(0, end, self.block_size):
-            block = self.find(chain, tokens[start : min(start + self.block_size, end)])
-            if not block or block.name not in self.store:
-                break
-            chain.append(block)
-        return chain
 
     def commit(self, row, tokens, last=False):
         """Name the row's blocks that are full with `tokens`, its first ones, unless others are.
 
         last: the last one, too, full or not; then the row must be released.
         """
-        chain, ids = self.chains[row], self.block_table[row].tolist()
-        end = len(tokens) if last else len(tokens) // self.block_size * self.block_size
-        for start in range(len(chain) * self.block_size, end, self.block_size):
-            block = self.find(chain, tokens[start : min(start + self.block_size, end)])
-            if not block:
-                break
-            chain.append(block)
+        chain, n_named = self.chains[row], len(self.chains[row])
+        self.store.extend(chain, tokens, last)
+        ids = self.block_table[row, n_named : len(chain)].tolist()
+        for block, i in zip(chain[n_named:], ids, strict=True):
             if block.hbm is None:
-                self.store[block.name], block.hbm = block, ids[start // self.block_size]
-                self.pool.named[block.hbm] = block
+                block.hbm, self.pool.named[i] = i, block
 
     def can_admit(self, tokens):
         """Whether there are blocks for tokens, and one for each row to grow into before long."""
-        used = [b for b in self.lookup(tokens) if b.hbm is not None and b.hbm not in self.pool.idle]
-        return super().can_admit(len(tokens) - len(used) * self.block_size)
+        found = [block.hbm for block in self.store.lookup(tokens)]
+        n_used = sum(i is not None and i not in self.pool.idle for i in found)
+        return super().can_admit(len(tokens) - n_used * self.block_size)
 
     def admit(self, tokens):
         """Add a row for tokens and return how many of them are stored: the rest is to compute.
 
         Raises OutOfBlocks, or what went wrong with a copy; both tiers are as before then.
         """
-        chain = self.lookup(tokens)
+        chain = self.store.lookup(tokens)
         absent = [block for block in chain if block.hbm is None]
         held, slots = [b.hbm for b in chain if b.hbm is not None], [b.dram for b in absent]
         self.pool.hold(held)  # Nothing that makes room now shall take them away.

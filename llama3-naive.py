@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from inputs import PROMPTS, SMOLLM2, load, or_exit, read_prompts
+from inputs import PROMPTS, SMOLLM2, at_least, load, or_exit, read_prompts
 from kernels import flash_attn_with_kvcache, linear
 from stats import Stats
 
@@ -34,12 +34,12 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
 add = parser.add_argument
-add("n", metavar="REQUESTS", type=int, help="after the last prompt, the first comes again")
+add("n", metavar="REQUESTS", type=at_least(1), help="after the last prompt, the first comes again")
 add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
 add("--prompts", metavar="FILE", default=PROMPTS, help="ShareGPT's schema")
-add("--kv-gb", metavar="GB", type=float, help="cache budget (CPU: 1.4, CUDA: 90%% of what is free)")
-add("--max-seq-len", metavar="LEN", type=int, default=8192, help="tokens, prompt + answer (8192)")
-add("--max-new-tokens", metavar="LEN", type=int, default=256, help="tokens of an answer (256)")
+add("--kv-gb", metavar="GB", type=at_least(0, float), help="cache budget (1.4; CUDA: 90%% of free)")
+add("--max-seq-len", metavar="LEN", type=at_least(1), default=8192, help="prompt + answer (8192)")
+add("--max-new-tokens", metavar="LEN", type=at_least(1), default=256, help="of an answer (256)")
 add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
 add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
@@ -50,8 +50,6 @@ add("--json", metavar="FILE", help="write statistics and answers there, too")
 def arguments(argv):
     """The arguments, where they make sense; ends the program where they do not."""
     args = parser.parse_args(argv)
-    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1 or not 0 <= (args.kv_gb or 0) < 1e6:
-        parser.error("REQUESTS, --max-seq-len and --max-new-tokens start at 1, --kv-gb at 0")
     with or_exit(f"--json {args.json} cannot be written"):
         open(args.json or os.devnull, "a").close()  # Better now than after the run.
     torch.manual_seed(args.seed % 2**63)

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from inputs import PROMPTS, SMOLLM2, load, or_exit, read_prompts
-from kernels import flash_attn_with_kvcache, linear, runs_flash_attn
+from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, read_prompts
+from kernels import flash_attn_with_kvcache, linear
 from kvcache import PagedCache, blocks_for
 from stats import Stats
 
@@ -35,12 +35,12 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
 add = parser.add_argument
-add("n", metavar="REQUESTS", type=int, help="after the last prompt, the first comes again")
+add("n", metavar="REQUESTS", type=at_least(1), help="after the last prompt, the first comes again")
 add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
 add("--prompts", metavar="FILE", default=PROMPTS, help="ShareGPT's schema")
-add("--kv-gb", metavar="GB", type=float, help="cache budget (CPU: 1.4, CUDA: 90%% of what is free)")
-add("--max-seq-len", metavar="LEN", type=int, default=8192, help="tokens, prompt + answer (8192)")
-add("--max-new-tokens", metavar="LEN", type=int, default=256, help="tokens of an answer (256)")
+add("--kv-gb", metavar="GB", type=at_least(0, float), help="cache budget (1.4; CUDA: 90%% of free)")
+add("--max-seq-len", metavar="LEN", type=at_least(1), default=8192, help="prompt + answer (8192)")
+add("--max-new-tokens", metavar="LEN", type=at_least(1), default=256, help="of an answer (256)")
 add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
 add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
@@ -51,8 +51,6 @@ add("--json", metavar="FILE", help="write statistics and answers there, too")
 def arguments(argv):
     """The arguments, where they make sense; ends the program where they do not."""
     args = parser.parse_args(argv)
-    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1 or not 0 <= (args.kv_gb or 0) < 1e6:
-        parser.error("REQUESTS, --max-seq-len and --max-new-tokens start at 1, --kv-gb at 0")
     with or_exit(f"--json {args.json} cannot be written"):
         open(args.json or os.devnull, "a").close()  # Better now than after the run.
     torch.manual_seed(args.seed % 2**63)
@@ -123,7 +121,7 @@ def choose(logits, temperature):
 
 # --- KV cache -------------------------------------------------------------------------------------
 
-parser.add_argument("--block-size", metavar="TOKENS", type=int, help="(16; flash-attn: 256)")
+add("--block-size", metavar="TOKENS", type=at_least(1), help="(16; flash-attn: 256)")
 
 
 def generate(model, cache, tokens, limits, stop, args, stats):
@@ -166,10 +164,7 @@ def main(argv=None):
     model, encoding, chat = load(args)
     texts, prompts = read_prompts(args, encoding, chat)
     stats = Stats(args, model[0])
-    unit = 256 if runs_flash_attn(args.device, stats.dtype) else 1
-    size = max(16, unit) if args.block_size is None else args.block_size
-    if size < 1 or size % unit:
-        sys.exit(f"--block-size {size} does not work: this kernel takes multiples of {unit}.")
+    size = block_size_for(args)
     room = stats.budget // (size * stats.bytes_per_token)
     limits = [min(len(prompt) + args.max_new_tokens, args.max_seq_len) for prompt in prompts]
     if (need := blocks_for(max(limits) - 1, size)) > room:

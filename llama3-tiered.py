@@ -11,20 +11,20 @@ Not handled: checkpoints of more than one shard, several devices, top-p sampling
 
 import os
 import sys
-import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
-from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, groupby
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from inputs import PROMPTS, SMOLLM2, load, or_exit, read_turns
-from kernels import flash_attn_with_kvcache, linear, runs_flash_attn
+from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, read_turns
+from kernels import flash_attn_with_kvcache, linear
 from kvcache import TieredCache, blocks_for
 from stats import Stats
+from window import RetrievalCache, WindowCache
 
 # Throughout this program
 #     B  requests in the batch, one row each       H    query heads
@@ -37,12 +37,12 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
 parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
 add = parser.add_argument
-add("n", metavar="REQUESTS", type=int, help="after the last prompt, the first comes again")
+add("n", metavar="REQUESTS", type=at_least(1), help="after the last prompt, the first comes again")
 add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
 add("--prompts", metavar="FILE", default=PROMPTS, help="ShareGPT's schema")
-add("--kv-gb", metavar="GB", type=float, help="cache budget (CPU: 1.4, CUDA: 90%% of what is free)")
-add("--max-seq-len", metavar="LEN", type=int, default=8192, help="tokens, prompt + answer (8192)")
-add("--max-new-tokens", metavar="LEN", type=int, default=256, help="tokens of an answer (256)")
+add("--kv-gb", metavar="GB", type=at_least(0, float), help="cache budget (1.4; CUDA: 90%% of free)")
+add("--max-seq-len", metavar="LEN", type=at_least(1), default=8192, help="prompt + answer (8192)")
+add("--max-new-tokens", metavar="LEN", type=at_least(1), default=256, help="of an answer (256)")
 add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
 add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
@@ -53,8 +53,6 @@ add("--json", metavar="FILE", help="write statistics and answers there, too")
 def arguments(argv):
     """The arguments, where they make sense; ends the program where they do not."""
     args = parser.parse_args(argv)
-    if min(args.n, args.max_seq_len, args.max_new_tokens) < 1 or not 0 <= (args.kv_gb or 0) < 1e6:
-        parser.error("REQUESTS, --max-seq-len and --max-new-tokens start at 1, --kv-gb at 0")
     with or_exit(f"--json {args.json} cannot be written"):
         open(args.json or os.devnull, "a").close()  # Better now than after the run.
     torch.manual_seed(args.seed % 2**63)
@@ -125,46 +123,27 @@ def choose(logits, temperature):
 
 # --- KV cache -------------------------------------------------------------------------------------
 
-add("--block-size", metavar="TOKENS", type=int, help="(16; flash-attn: 256)")
-add("--dram-gb", metavar="GB", type=float, default=4.0, help="blocks in DRAM (4)")
-add("--turns", metavar="T", type=int, default=1, help="human turns of each conversation (1)")
-add("--link-gbs", metavar="X", type=float, help="on a CPU: copy at most X GB/s, as a link would")
-
-
-@dataclass(eq=False)
-class Turn:
-    """A request: one turn of a conversation, with all that was said before."""
-
-    place: tuple  # Number of the conversation, number of the turn.
-    text: str
-    prompt: list
-    later: list  # (text, tokens with chat markup) of the turns that will follow.
-
-    def __post_init__(self):
-        self.tokens = list(self.prompt)  # And the answer behind it.
-        self.arrived, self.first_token = time.perf_counter(), None  # The seconds between them.
-
-    def ended(self, stop, args):
-        limit = min(len(self.prompt) + args.max_new_tokens, args.max_seq_len)
-        return self.tokens[-1] in stop or len(self.tokens) >= limit
-
-    def following(self, stop, args):
-        """The conversation's next turn as a list, empty after the last or where it is too long."""
-        answered = self.tokens[:-1] if self.tokens[-1] in stop else self.tokens
-        turns = [
-            Turn((self.place[0], self.place[1] + 1), text, answered + tokens, self.later[1:])
-            for text, tokens in self.later[:1]
-        ]
-        return [turn for turn in turns if len(turn.prompt) < args.max_seq_len]
+add("--block-size", metavar="TOKENS", type=at_least(1), help="(16; flash-attn: 256)")
+add("--dram-gb", metavar="GB", type=at_least(0, float), default=4.0, help="blocks in DRAM (4)")
+add("--turns", metavar="T", type=at_least(1), default=1, help="human turns of a conversation (1)")
+add("--link-gbs", metavar="X", type=at_least(0.001, float), help="on a CPU: copy like a slow link")
+add("--window", metavar="LEN", type=at_least(1), help="keep the last LEN tokens, of any number")
+add("--sink", metavar="LEN", type=at_least(0), default=0, help="with --window: the first LEN, too")
+add("--top-k", metavar="LEN", type=at_least(0), default=0, help="with --window: LEN out of DRAM")
+add("--ignore-stop", action="store_true", help="an answer ends at its limit only")
 
 
 def generate(model, cache, turns, stop, args, stats):
     """Answer the turns and those that follow, which join the list, until a stop token or limit."""
     waiting, running = deque(turns), []  # Row r is of turn running[r].
     dram_was_full = not args.dram_gb
+    chunk = cache.chunk if args.window else args.max_seq_len  # New tokens of a row in a step.
 
     def attend(layer, rows, q, k, v):
-        places = {"cache_seqlens": seq_len[rows], "block_table": block_table[rows]}
+        lengths, table = seq_len[rows], block_table[rows]
+        if args.top_k:
+            lengths, table = cache.retrieve(layer, rows, q, lengths, table)
+        places = {"cache_seqlens": lengths, "block_table": table}
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
     while waiting or running:
@@ -182,16 +161,20 @@ def generate(model, cache, turns, stop, args, stats):
                 # This step writes them, in each layer row after row: the next may start with them.
                 cache.commit(len(running), tokens)
                 running.append(waiting.popleft())
+            first = cache.positions()
+            new = [t.tokens[p : p + chunk] for t, p in zip(running, first.tolist(), strict=True)]
+            if args.window:
+                cache.slide([len(tokens) for tokens in new])
             seq_len, block_table = cache.tables()
-        new = [t.tokens[n:] for t, n in zip(running, seq_len.tolist(), strict=True)]
-        with stats.clock("prefill" if prefill else "decode"):
-            chosen = choose(forward(model, new, seq_len, attend), args.temperature)
-        for turn, token in zip(running, chosen, strict=True):
-            turn.tokens.append(token)
-            turn.first_token = turn.first_token or time.perf_counter() - turn.arrived
+        with stats.clock("prefill" if max(map(len, new)) > 1 else "decode"):
+            chosen = choose(forward(model, new, first, attend), args.temperature)
         with stats.clock("manager"):
             cache.advance([len(t) for t in new])
             stats.sample(len(running), len(waiting), *cache.usage())
+            stored = cache.positions().tolist()
+            for turn, token, n in zip(running, chosen, stored, strict=True):
+                if n == len(turn.tokens):  # If not, the next step reads on.
+                    turn.add(token)
             ended = [row for row, turn in enumerate(running) if turn.ended(stop, args)]
             for row in ended:
                 cache.commit(row, running[row].tokens[:-1])
@@ -200,41 +183,60 @@ def generate(model, cache, turns, stop, args, stats):
             cache.release(ended)
             cache.spill()
             running = [turn for row, turn in enumerate(running) if row not in ended]
-        if cache.counts["dropped"] and not dram_was_full:
+        if cache.counts["dropped"] and not (args.window or dram_was_full):
             dram_was_full = True
             print("DRAM is full (--dram-gb): what is dropped is computed again.", file=sys.stderr)
+
+
+def make_cache(args, params, stats, longest):
+    """The cache that the arguments ask for; ends the program where that has no room.
+
+    longest: the most tokens, prompt and answer, that a request may come to.
+    """
+    size = block_size_for(args)
+    block_bytes = size * stats.bytes_per_token
+    room, n_dram = stats.budget // block_bytes, int(args.dram_gb * 1e9) // block_bytes
+    most, far, chunk = longest - 1, 0, 0  # Tokens in HBM, tokens out of the window.
+    if args.window:
+        chunk = min(512, args.window)  # New tokens of a row in a step: a long text comes in chunks.
+        most, far = min(most, args.sink + args.window + chunk + 3 * size), longest - args.window
+    sink, far = blocks_for(args.sink, size), blocks_for(max(0, far), size)
+    top_k = min(far, blocks_for(args.top_k, size))
+    if (need := blocks_for(most, size) + top_k) > room:
+        sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
+    if top_k and far > n_dram:
+        sys.exit(f"A request may need {far} blocks in DRAM, --dram-gb has room for {n_dram}.")
+    paged = (room, size, args.n, most, stats.shape, stats.dtype, args.device)
+    window = (sink, args.window, chunk, partial(rotations, params))
+    with or_exit("So much memory (--kv-gb, --dram-gb) cannot be had"):
+        if args.top_k:
+            return RetrievalCache(n_dram, top_k, far, *window, *paged)
+        if args.window:
+            return WindowCache(*window, *paged)
+        return TieredCache(n_dram, args.link_gbs, *paged)
 
 
 @torch.inference_mode()
 def main(argv=None):
     args = arguments(argv)
-    no_link = args.link_gbs is not None and not args.link_gbs > 0
-    if not 0 <= args.dram_gb < 1e6 or args.turns < 1 or no_link:
-        parser.error("--dram-gb starts at 0, --turns at 1, --link-gbs above 0")
+    if (args.sink or args.top_k) and not args.window:
+        parser.error("--sink and --top-k need a --window")
+    if args.window:
+        args.max_seq_len = 10**9
     model, encoding, chat = load(args)
-    said = read_turns(args, encoding, chat, args.turns)
-    turns = [Turn((i, 0), *first, later) for i, (first, *later) in enumerate(said)]
+    turns = read_turns(args, encoding, chat, args.turns)
+    longest = min(args.max_seq_len, max(turn.longest(args) for turn in turns))
+    if args.window:
+        args.max_seq_len = longest
     stats = Stats(args, model[0])
-    unit = 256 if runs_flash_attn(args.device, stats.dtype) else 1
-    size = max(16, unit) if args.block_size is None else args.block_size
-    if size < 1 or size % unit:
-        sys.exit(f"--block-size {size} does not work: this kernel takes multiples of {unit}.")
-    block_bytes = size * stats.bytes_per_token
-    room, n_dram = stats.budget // block_bytes, int(args.dram_gb * 1e9) // block_bytes
-    longest = max(sum(len(t) + args.max_new_tokens for _, t in c) for c in said)
-    longest = min(longest, args.max_seq_len)
-    if (need := blocks_for(longest - 1, size)) > room:
-        sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
-    with or_exit("So much memory (--kv-gb, --dram-gb) cannot be had"):
-        paged = (room, size, args.n, longest, stats.shape, stats.dtype, args.device)
-        cache = TieredCache(n_dram, args.link_gbs, *paged)
-    stop = {chat["special_tokens"][name] for name in chat["stop"]}
+    cache = make_cache(args, model[0], stats, longest)
+    stop = set() if args.ignore_stop else {chat["special_tokens"][name] for name in chat["stop"]}
     try:
         generate(model, cache, turns, stop, args, stats)
     finally:  # Ctrl-C, too, leaves the answers and statistics so far.
         turns.sort(key=lambda turn: turn.place)
         stats.tiers = {
-            **cache.counts, "block_bytes": block_bytes, "link_gbs": args.link_gbs,
+            **cache.counts, "block_bytes": cache.block_size * stats.bytes_per_token,
             "first_token_s": [t.first_token for t in turns if t.place[1] == 0],
             "later_first_token_s": [t.first_token for t in turns if t.place[1] > 0],
         }  # fmt: skip

@@ -24,7 +24,7 @@ Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({fragmented_of_budget:.2%})"""
 
 
 TIERS = """
-Blocks found       {shared:,} in HBM, {fetched:,} in DRAM ({up:.2f} GB fetched{link})
+Blocks found       {shared:,.0f} in HBM, {fetched:,.0f} in DRAM ({up:.2f} GB fetched{link})
 Blocks moved       {spilled:,} to DRAM ({down:.2f} GB); {dropped:,} dropped for good
 First token        {first:.2f} s in first turns, {later:.2f} s in later ones (medians)"""
 
@@ -121,7 +121,7 @@ class Stats:
                 median([s for s in tiers[turns] if s is not None] or [0])
                 for turns in ("first_token_s", "later_first_token_s")
             )
-            link = f", at most {tiers['link_gbs']:g} GB/s (--link-gbs)" if tiers["link_gbs"] else ""
+            link = f", at most {args.link_gbs:g} GB/s (--link-gbs)" if args.link_gbs else ""
             moved = {"down": down, "up": up, "first": first, "later": later, "link": link}
             print(TIERS.format(**tiers, **moved), end="")
         flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}

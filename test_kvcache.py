@@ -17,18 +17,22 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+import inputs
 import kernels
 import kvcache
+import prefix
+import window
 from kernels import flash_attn_with_kvcache, linear, pack
 from kvcache import BlockPool, OutOfBlocks, PagedCache, TieredCache
 from stats import Stats
@@ -53,20 +57,26 @@ NAIVE, PAGED, TIERED = (
 # --- The oracle: Llama 3 without a cache ----------------------------------------------------------
 
 
-def plain_forward(params, w, tokens):
-    """Logits after the last of `tokens`, by full attention in float32, one head at a time."""
+def plain_forward(params, w, tokens, seen=None):
+    """Logits after the last of `tokens`, by full attention in float32, one head at a time.
+
+    seen (T, T): the keys that each query sees, if not all before it. Then these have consecutive
+    positions, so that a key has another one for each query (StreamingLLM).
+    """
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
     T, D = len(tokens), params["dim"] // H
-    angles = torch.outer(torch.arange(T).double(), meta_frequencies(params)).float()
-    cos, sin = angles.cos(), angles.sin()
-    causal = torch.full((T, T), -math.inf).triu(1)
+    visible = torch.ones(T, T, dtype=torch.bool).tril() if seen is None else seen
+    mask = torch.zeros(T, T).masked_fill(~visible, -math.inf)
+    key_at = torch.arange(T) if seen is None else seen.cumsum(1) - 1  # (T,) or (T, T)
+    query_at = key_at if seen is None else key_at.diagonal()
 
     def norm(x, weight):
         return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
 
-    def rope(x):  # Meta's layout: dimensions 2i and 2i + 1 are a pair.
-        even, odd = x[:, 0::2], x[:, 1::2]
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(1)
+    def rope(x, at):  # Meta's layout: dimensions 2i and 2i + 1 are a pair.
+        angles = (at[..., None] * meta_frequencies(params)).float()
+        cos, sin, even, odd = angles.cos(), angles.sin(), x[:, 0::2], x[:, 1::2]
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
     x = w["tok_embeddings.weight"][tokens]
     for i in range(params["n_layers"]):
@@ -76,8 +86,10 @@ def plain_forward(params, w, tokens):
         heads = []
         for h in range(H):
             g = h // (H // Hkv)
-            qh, kh = rope(q[:, h * D : h * D + D]), rope(k[:, g * D : g * D + D])
-            scores = qh @ kh.T / math.sqrt(D) + causal
+            qh = rope(q[:, h * D : h * D + D], query_at)  # (T, D)
+            kh = rope(k[:, g * D : g * D + D], key_at)  # (T, D), or for each query its own
+            scores = qh @ kh.T if seen is None else (kh @ qh[..., None]).squeeze(-1)
+            scores = scores / math.sqrt(D) + mask
             heads.append(scores.softmax(-1) @ v[:, g * D : g * D + D])
         x = x + torch.cat(heads, dim=1) @ layer["o"].T
         y = norm(x, w[f"layers.{i}.ffn_norm.weight"])
@@ -103,14 +115,15 @@ def meta_frequencies(params):
     return torch.tensor(result, dtype=torch.float64)
 
 
-def plain_generate(folder, prompt, limit, stop=()):
-    """The greedy answer to `prompt`, at most `limit` tokens."""
+def plain_generate(folder, prompt, limit, stop=(), seen=None):
+    """The greedy answer to `prompt`, at most `limit` tokens. seen(T): see plain_forward."""
     params = json.loads((folder / "params.json").read_text())
     w = torch.load(folder / "consolidated.00.pth", weights_only=True)
     w = {name: weight.float() for name, weight in w.items()}
     answer = []
     while len(answer) < limit and not (answer and answer[-1] in stop):
-        best = plain_forward(params, w, prompt + answer).topk(2)
+        all_seen = seen and seen(len(prompt + answer))
+        best = plain_forward(params, w, prompt + answer, all_seen).topk(2)
         assert best.values[0] - best.values[1] > 1e-4, "a near tie: rounding decides this token"
         answer.append(best.indices[0].item())
     return answer
@@ -516,7 +529,7 @@ class TieredCacheMachine(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12), late=st.booleans())
     def fail(self, tokens, late):
         """A copy that fails half-way, or too few blocks, changes nothing that anyone can see."""
-        chain = self.cache.lookup(tokens)
+        chain = self.cache.store.lookup(tokens)
         if len(self.rows) == self.MAX_ROWS or all(block.hbm is not None for block in chain):
             return
         before, link = self.state(), self.cache.to_hbm
@@ -534,7 +547,7 @@ class TieredCacheMachine(RuleBasedStateMachine):
         after = self.state()
         assert [p[2] for p in after[0]] == [p[2] for p in before[0]] and after[2] == before[2]
         if spilled == (self.cache.counts["spilled"], self.cache.counts["dropped"]):
-            assert self.cache.lookup(tokens)[: len(chain)] == chain
+            assert self.cache.store.lookup(tokens)[: len(chain)] == chain
 
     @invariant()
     def every_block_is_in_one_place_and_holds_its_text(self):
@@ -603,10 +616,10 @@ def fill(cache, tokens, commit=True):
 def test_a_block_is_found_after_commit_only():
     cache, tokens = tiered_cache(), list(range(9))
     fill(cache, tokens, commit=False)
-    assert cache.lookup(tokens) == []
+    assert cache.store.lookup(tokens) == []
     cache.commit(0, tokens)
-    assert [block.tokens for block in cache.lookup(tokens)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
-    assert len(cache.lookup([*tokens[:4], 99, 99, 99, 99, 99])) == 1
+    assert [block.tokens for block in cache.store.lookup(tokens)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert len(cache.store.lookup([*tokens[:4], 99, 99, 99, 99, 99])) == 1
 
 
 @pytest.mark.parametrize(("n", "found"), [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8)])
@@ -620,11 +633,11 @@ def test_one_token_is_left_to_compute(n, found):
 
 def test_the_same_hash_does_not_make_the_same_tokens(monkeypatch):
     digest = SimpleNamespace(digest=lambda: b"always")
-    monkeypatch.setattr(kvcache, "blake2b", lambda *a, **k: digest)
+    monkeypatch.setattr(prefix, "blake2b", lambda *a, **k: digest)
     cache = tiered_cache()
     fill(cache, [1] * 9)
     fill(cache, [2] * 9)
-    assert len(cache.lookup([1] * 9)) == 1 and cache.lookup([2] * 9) == []
+    assert len(cache.store.lookup([1] * 9)) == 1 and cache.store.lookup([2] * 9) == []
     cache.release([0, 1])
     assert cache.pool.n_free() == 8
 
@@ -634,7 +647,7 @@ def test_a_shared_block_goes_to_dram_while_one_of_its_users_runs():
     ids, held = fill(cache, tokens)
     assert cache.admit([*tokens[:8], 99]) == 8  # The same two blocks, and one of its own.
     assert [cache.pool.ref_count[i] for i in ids] == [2, 2, 1]
-    for block in cache.lookup(tokens):
+    for block in cache.store.lookup(tokens):
         cache.dump(block)
     cache.release([0])
     cache.admit(list(range(100, 109)))  # Takes all blocks that are free.
@@ -670,7 +683,7 @@ def test_copies_down_begin_before_their_room_is_needed():
     fill(cache, tokens)
     cache.release([0])
     fill(cache, [99])
-    blocks = cache.lookup([*tokens, 0])
+    blocks = cache.store.lookup([*tokens, 0])
     cache.spill()
     assert [block.dram is not None for block in blocks] == [False, False, True]
     cache.spill()
@@ -749,7 +762,7 @@ def test_a_failed_fetch_leaves_both_tiers_as_they_were(monkeypatch):
         cache.admit(tokens)
     monkeypatch.undo()
     after = [(p.n_free(), list(p.ref_count)) for p in (cache.pool, cache.dram_pool)]
-    assert after == before and cache.n_rows == 0 and len(cache.lookup(tokens)) == 4
+    assert after == before and cache.n_rows == 0 and len(cache.store.lookup(tokens)) == 4
     assert cache.admit(tokens) == 16
     assert torch.equal(cache.kv[:, :, cache.block_table[0, :4]], held[:, :, :4])
 
@@ -930,7 +943,7 @@ def test_turns_on_smollm2(tmp_path, smollm2):
     answer = iter(answers(wide))
     for conversation in TIERED.read_turns(args, encoding, chat, 3):
         history = []
-        for _, tokens in conversation:
+        for tokens in [conversation.prompt, *(tokens for _, tokens in conversation.later)]:
             prompts.append([*history, *tokens])
             history = [*prompts[-1], *(t for t in next(answer) if t not in stop)]
     tokens, limits = [list(prompt) for prompt in prompts], [len(p) + 12 for p in prompts]
@@ -953,13 +966,190 @@ def test_equal_prompts_in_one_step_share_blocks(tmp_path, tiny):
 
 def test_equal_hashes_do_not_change_an_answer(tmp_path, tiny, monkeypatch):
     digest = SimpleNamespace(digest=lambda: b"always")
-    monkeypatch.setattr(kvcache, "blake2b", lambda *a, **k: digest)
+    monkeypatch.setattr(prefix, "blake2b", lambda *a, **k: digest)
     texts = [text_of(40, seed=n) for n in range(4)]
     result = run(TIERED, tiny, tmp_path, texts * 2, "--max-new-tokens", 10, "--kv-gb", 1e-4)
     assert (
         answers(result)
         == [plain_generate(tiny, tiny_prompt(text), 10, {258}) for text in texts] * 2
     )
+
+
+# --- Sink, window, retrieval ----------------------------------------------------------------------
+
+
+def seen_by(n_prompt, sink, window, block_size, chunk=None):
+    """What tokens see: the sink's blocks, and those with one of the `window` tokens that end with
+    the first token of the step. The prompt goes in chunks, then each token is a step.
+    """
+
+    def seen(T):
+        t = torch.arange(T)
+        first = torch.where(t < n_prompt, t // (chunk or window) * (chunk or window), t)[:, None]
+        last_of_block = t // block_size * block_size + block_size - 1
+        kept = (last_of_block > first - window) | (t < -(-sink // block_size) * block_size)
+        return kept & (t <= t[:, None])
+
+    return seen
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize(("sink", "window"), [(0, 12), (1, 7), (4, 20), (16, 32), (5, 33)])
+def test_sink_and_window_equal_recomputed_attention(
+    tmp_path, tiny, monkeypatch, block_size, sink, window
+):
+    """Logits and tokens, with prompts shorter and longer than sink and window, many evictions."""
+    logits, choose = [], TIERED.choose
+    monkeypatch.setattr(TIERED, "choose", lambda *a: logits.append(a[0].clone()) or choose(*a))
+    texts, limit = [text_of(n, seed=n) for n in (3, 14, 38, 61, 90)], 60
+    options = ["--sink", sink, "--window", window, "--block-size", block_size]
+    options += ["--max-new-tokens", limit, "--ignore-stop", "--max-seq-len", 50]
+    result = run(TIERED, tiny, tmp_path, texts, *options)
+    for text, answer in zip(texts, answers(result), strict=True):
+        prompt = tiny_prompt(text)
+        seen = seen_by(len(prompt), sink, window, block_size)
+        assert answer == plain_generate(tiny, prompt, limit, (), seen)
+    assert result["tiers"]["dropped"] > 100 // block_size
+    logits.clear()
+    (answer,) = answers(run(TIERED, tiny, tmp_path, texts[3:4], *options))
+    prompt = tiny_prompt(texts[3])
+    params = json.loads((tiny / "params.json").read_text())
+    w = torch.load(tiny / "consolidated.00.pth", weights_only=True)
+    seen = seen_by(len(prompt), sink, window, block_size)
+    for n in (0, 1, 20, limit - 1):
+        tokens = prompt + answer[:n]
+        expected = plain_forward(params, w, tokens, seen(len(tokens)))
+        torch.testing.assert_close(logits[n - limit][0], expected, atol=2e-4, rtol=1e-4)
+
+
+def test_a_window_that_nothing_leaves_is_full_attention(tmp_path, tiny):
+    texts = [text_of(n, seed=n) for n in (5, 30, 47)]
+    expected = [plain_generate(tiny, tiny_prompt(text), 20, {258}) for text in texts]
+    for options in ([], ["--sink", 7], ["--top-k", 16]):
+        result = run(
+            TIERED, tiny, tmp_path, texts, "--window", 69, "--max-new-tokens", 20, *options
+        )
+        assert answers(result) == expected and not result["tiers"]["dropped"]
+
+
+def test_a_window_takes_constant_memory(tmp_path, tiny):
+    """Two at a time, since that is what the budget holds, however long they get."""
+    texts = [text_of(n, seed=n) for n in (90, 5, 40, 200)]
+    blocks = 2 * kvcache.blocks_for(8 + 16 + 16 + 3 * 4, 4)
+    result = run(TIERED, tiny, tmp_path, texts, "--sink", 8, "--window", 16, "--block-size", 4,
+                 "--max-new-tokens", 300, "--ignore-stop",
+                 "--kv-gb", (blocks + 0.5) * 4 * BYTES_PER_TOKEN / 1e9)  # fmt: skip
+    assert [len(answer) for answer in answers(result)] == [300] * 4
+    assert result["max_batch"]["peak"] == 2 and result["preemptions"] == 0
+    assert result["kv"]["peak_reserved_bytes"] <= blocks * 4 * BYTES_PER_TOKEN
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_bound_is_at_least_each_score_in_its_block(data):
+    """In whole numbers, where nothing is rounded."""
+    Hkv, T, n, size, D = (data.draw(st.integers(1, 4)) for _ in range(5))
+
+    def numbers(*shape):
+        count = math.prod(shape)
+        values = data.draw(st.lists(st.integers(-9, 9), min_size=count, max_size=count))
+        return torch.tensor(values, dtype=torch.float32).view(shape)
+
+    q, keys = numbers(Hkv, T, D), numbers(Hkv, n, size, D)
+    bounds = window.upper_bounds(q, window.bounds_of(keys))  # (Hkv, T, n)
+    scores = torch.einsum("htd,hnsd->htns", q, keys)
+    assert (bounds[..., None] >= scores).all()
+    same = window.upper_bounds(q, window.bounds_of(keys[:, :, :1]))
+    assert torch.equal(same[..., None], scores[..., :1])  # Of one key, it is the score.
+
+
+def retrieval_cache(n_away, top_k, block_size=4):
+    """A cache of one row from whose window n_away blocks have left."""
+    rotations = partial(TIERED.rotations, {"dim": 12, "n_heads": 2, "rope_theta": 1e4})
+    size = (20 + top_k, block_size, 1, 16 * block_size)
+    cache = window.RetrievalCache(
+        n_away, top_k, n_away, 1, block_size, block_size, rotations, *size, (3, 2, 6),
+        torch.float32, "cpu",
+    )  # fmt: skip
+    cache.admit([])
+    written = []
+    for _ in range(n_away + 2):
+        cache.slide([block_size])
+        cache.kv[:, :, cache.block_table[0, cache.n_owned[0] - 1]] = held = torch.randn(
+            3, 2, 2, block_size, 6
+        )
+        written.append(held)
+        cache.advance([block_size])
+    cache.slide([1])
+    return cache, written[1:]  # Without the sink.
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_what_is_fetched_is_what_left(data):
+    """Any choices, of as many blocks as there are slots and fewer, in each layer others."""
+    n, top_k = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
+    cache, written = retrieval_cache(n, top_k)
+    assert len(cache.away[0].dram) == n
+    recent = [[] for _ in range(3)]
+    for _ in range(12):
+        layer = data.draw(st.integers(0, 2))
+        numbers = data.draw(st.lists(st.integers(0, n - 1), unique=True, max_size=min(n, top_k)))
+        missing = len(set(numbers) - set(recent[layer]))
+        before = cache.counts["fetched"]
+        slots = cache.fetch(layer, 0, numbers)
+        assert round(3 * (cache.counts["fetched"] - before)) == missing
+        assert len(set(slots)) == len(numbers) and set(slots) <= set(cache.away[0].slots)
+        hits = [i for i in numbers if i in recent[layer]]
+        others = [i for i in recent[layer] if i not in numbers]
+        recent[layer] = others + hits + [i for i in numbers if i not in hits]
+        recent[layer] = recent[layer][-min(n, top_k) :]  # The least recently used are gone.
+        for i, slot in cache.away[0].held[layer].items():
+            assert torch.equal(cache.kv[layer][:, slot], written[i][layer])
+        assert set(cache.away[0].held[layer]) == set(recent[layer])
+        assert not set(cache.away[0].slots) & set(cache.block_table[0, : cache.n_owned[0]].tolist())
+    cache.release([0])
+    assert cache.pool.n_free() == len(cache.pool.ref_count)
+    assert cache.dram_pool.n_free() == len(cache.dram_pool.ref_count)
+
+
+def test_the_blocks_chosen_are_those_with_the_highest_bounds():
+    cache, written = retrieval_cache(9, 3)
+    for layer in range(3):
+        q = torch.randn(5, 4, 6)  # Five queries of four heads, two for each key head.
+        best = torch.zeros(9)
+        for t in range(5):
+            for h in range(4):
+                keys = torch.stack([block[layer, 0, h // 2] for block in written[:9]])
+                bound = torch.maximum(q[t, h] * keys.amax(1), q[t, h] * keys.amin(1)).sum(1)
+                best = torch.maximum(best, (bound / math.sqrt(6)).softmax(0))
+        assert set(cache.choose(layer, 0, q)) == set(best.topk(3).indices.tolist())
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_retrieval_of_everything_is_full_attention(tmp_path, tiny, block_size):
+    """Several requests at once: by row and by block, prompts in chunks, rows that come and go."""
+    texts = [text_of(n, seed=n) for n in (3, 14, 38, 61, 90, 22, 41)]
+    expected = [plain_generate(tiny, tiny_prompt(text), 40, {258}) for text in texts]
+    options = ["--sink", 4, "--window", 10, "--top-k", 200, "--block-size", block_size]
+    for gb in ([], ["--kv-gb", 500 * BYTES_PER_TOKEN / 1e9]):
+        result = run(TIERED, tiny, tmp_path, texts, "--max-new-tokens", 40, *options, *gb)
+        assert answers(result) == expected
+        tiers = result["tiers"]
+        assert tiers["dropped"] == 0 and tiers["spilled"] > 0
+        assert tiers["fetched"] == pytest.approx(tiers["spilled"])  # Each one once.
+
+
+def test_retrieval_on_smollm2_remembers_what_a_window_forgets(tmp_path, smollm2):
+    """A needle that has left the window long before the question."""
+    noise = "The hills are brown. A cart goes by. The bread is warm. Somebody hums. It is late. "
+    text = noise * 3 + "The secret number of the boat is: 7318264. " + noise * 40
+    text += "What is the secret number of the boat?"
+    options = ["--sink", 16, "--window", 128, "--max-new-tokens", 24, "--kv-gb", 0.1]
+    forgets = run(TIERED, smollm2, tmp_path, [text], *options)["responses"][0]
+    finds = run(TIERED, smollm2, tmp_path, [text], *options, "--top-k", 256)["responses"][0]
+    assert finds["prompt_tokens"] > 900
+    assert "7318264" in finds["text"] and "7318264" not in forgets["text"]
 
 
 @pytest.mark.parametrize("script", [NAIVE, PAGED, TIERED], ids=["naive", "paged", "tiered"])
@@ -1287,6 +1477,12 @@ TIERED_MISTAKES = {
     "DRAM beyond the machine": ["2", "--dram-gb", "999999"],
     "no turns": ["2", "--turns", "0"],
     "a link that stands still": ["2", "--link-gbs", "0"],
+    "no window": ["2", "--window", "0"],
+    "a sink without a window": ["2", "--sink", "4"],
+    "retrieval without a window": ["2", "--top-k", "64"],
+    "a negative sink": ["2", "--window", "64", "--sink", "-1"],
+    "a window larger than HBM": ["2", "--window", "64", "--kv-gb", "1e-5"],
+    "too little DRAM to remember": ["2", "--window", "64", "--top-k", "16", "--dram-gb", "1e-5"],
 }
 CASES = [(NAIVE, name) for name in MISTAKES]
 CASES += [(PAGED, name) for name in (*MISTAKES, *PAGED_MISTAKES)]
@@ -1327,7 +1523,7 @@ def test_naive_refuses_with_numbers_before_it_allocates(tmp_path, tiny, monkeypa
 
 
 def test_block_sizes_that_flash_attn_cannot_take(tmp_path, tiny, monkeypatch):
-    monkeypatch.setattr(PAGED, "runs_flash_attn", lambda device, dtype: True)
+    monkeypatch.setattr(inputs, "runs_flash_attn", lambda device, dtype: True)
     with pytest.raises(SystemExit, match="multiples of 256"):
         run(PAGED, tiny, tmp_path, ["a"], "--block-size", 16)
     assert run(PAGED, tiny, tmp_path, ["a"], "--max-new-tokens", 3)["kv"][

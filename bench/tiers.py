@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from common import RESULTS, load_script, save
 
+from inputs import Turn
 from kvcache import TieredCache, blocks_for
 
 TOKENS, REQUESTS, CONTEXTS = (
@@ -95,7 +96,7 @@ class Bench:
         stats = self.script.Stats.__new__(self.script.Stats)
         stats.seconds, stats.preemptions = dict.fromkeys(("prefill", "decode", "manager"), 0.0), 0
         stats.sample = lambda *_: None
-        turns = [self.script.Turn((i, 0), "", prompt, []) for i, prompt in enumerate(prompts)]
+        turns = [Turn((i, 0), "", prompt, []) for i, prompt in enumerate(prompts)]
         self.script.generate(self.model, cache, turns, set(), self.args, stats)
         return statistics.mean(turn.first_token for turn in turns)
 
