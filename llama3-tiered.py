@@ -1,6 +1,7 @@
 """Batched Llama 3 with two tiers of KV cache: blocks in HBM, and DRAM below it.
 
-    python llama3-tiered.py 49 --turns 3 --kv-gb 0.2      chats that outgrow HBM
+    python llama3-tiered.py 49 --turns 3 --kv-gb 0.2            chats that outgrow HBM
+    python llama3-tiered.py 4 --window 512 --sink 16            texts of any length: see window.py
 
 Blocks outlive their requests. When HBM is full, those not used for the longest time move to DRAM;
 a later turn of the chat, a prompt that begins like another, and a request that was preempted find
@@ -24,7 +25,7 @@ from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, re
 from kernels import flash_attn_with_kvcache, linear
 from kvcache import TieredCache, blocks_for
 from stats import Stats
-from window import RetrievalCache, WindowCache
+from window import RetrievalCache, WindowCache, plan
 
 # Throughout this program
 #     B  requests in the batch, one row each       H    query heads
@@ -196,18 +197,15 @@ def make_cache(args, params, stats, longest):
     size = block_size_for(args)
     block_bytes = size * stats.bytes_per_token
     room, n_dram = stats.budget // block_bytes, int(args.dram_gb * 1e9) // block_bytes
-    most, far, chunk = longest - 1, 0, 0  # Tokens in HBM, tokens out of the window.
-    if args.window:
-        chunk = min(512, args.window)  # New tokens of a row in a step: a long text comes in chunks.
-        most, far = min(most, args.sink + args.window + chunk + 3 * size), longest - args.window
-    sink, far = blocks_for(args.sink, size), blocks_for(max(0, far), size)
-    top_k = min(far, blocks_for(args.top_k, size))
+    window = args.window or longest
+    chunk = min(512, window)  # New tokens of a row in a step: into a window, texts come in chunks.
+    most, sink, far, top_k = plan(longest - 1, args.sink, window, chunk, args.top_k, size)
     if (need := blocks_for(most, size) + top_k) > room:
         sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
     if top_k and far > n_dram:
         sys.exit(f"A request may need {far} blocks in DRAM, --dram-gb has room for {n_dram}.")
     paged = (room, size, args.n, most, stats.shape, stats.dtype, args.device)
-    window = (sink, args.window, chunk, partial(rotations, params))
+    window = (sink, window, chunk, partial(rotations, params))
     with or_exit("So much memory (--kv-gb, --dram-gb) cannot be had"):
         if args.top_k:
             return RetrievalCache(n_dram, top_k, far, *window, *paged)

@@ -24,8 +24,9 @@ Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({fragmented_of_budget:.2%})"""
 
 
 TIERS = """
-Blocks found       {shared:,.0f} in HBM, {fetched:,.0f} in DRAM ({up:.2f} GB fetched{link})
-Blocks moved       {spilled:,} to DRAM ({down:.2f} GB); {dropped:,} dropped for good
+Blocks found       {shared:,.0f} in HBM ({hits:.1%}), {fetched:,.0f} in DRAM
+Blocks moved       {up:.2f} GB fetched{link}; {spilled:,} to DRAM ({down:.2f} GB)
+Blocks dropped     {dropped:,} for good
 First token        {first:.2f} s in first turns, {later:.2f} s in later ones (medians)"""
 
 
@@ -122,8 +123,9 @@ class Stats:
                 for turns in ("first_token_s", "later_first_token_s")
             )
             link = f", at most {args.link_gbs:g} GB/s (--link-gbs)" if args.link_gbs else ""
-            moved = {"down": down, "up": up, "first": first, "later": later, "link": link}
-            print(TIERS.format(**tiers, **moved), end="")
+            hits = tiers["shared"] / (tiers["shared"] + tiers["fetched"] or 1)
+            more = {"down": down, "up": up, "first": first, "later": later}
+            print(TIERS.format(**tiers, **more, link=link, hits=hits), end="")
         flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}
         gb = {key: value / 1e9 for key, value in result["kv"].items()}
         share = self.seconds["manager"] / seconds

@@ -16,6 +16,17 @@ from kvcache import BlockPool, PagedCache, blocks_for
 # --- Sink and window ------------------------------------------------------------------------------
 
 
+def plan(longest, sink, window, chunk, top_k, block_size):
+    """What a row that comes to `longest` tokens needs, all given in tokens. Returns
+
+    - tokens that it holds in HBM at a time, without those that come back,
+    - blocks of its sink, blocks that may leave its window, and how many of these come back.
+    """
+    most = min(longest, sink + window + chunk + 3 * block_size)
+    far = blocks_for(max(0, longest - window), block_size)
+    return most, blocks_for(sink, block_size), far, min(far, blocks_for(top_k, block_size))
+
+
 class WindowCache(PagedCache):
     """A PagedCache whose rows forget the middle: StreamingLLM (Xiao et al. 2023, section 3.2).
 
@@ -87,13 +98,15 @@ def bounds_of(keys):
     return torch.cat([keys.amax(-2), keys.amin(-2)], -1)  # (..., 2 D)
 
 
-def upper_bounds(q, bounds):
-    """For queries (Hkv, T, D) and bounds (Hkv, n, 2 D): at least q . k for each key (Hkv, T, n).
+def estimates(q, bounds, slack=1.0):
+    """Scores (Hkv, T, n) of queries (Hkv, T, D) with blocks whose bounds are (Hkv, n, 2 D).
 
-    A positive number in a query meets the largest in the keys, a negative one the smallest.
-    (Quest, Tang et al. 2024, section 3.3)
+    Of a key in the middle between the bounds, moved towards those that suit the query, in each
+    dimension: by slack=1 all the way, which no key of the block can exceed. (Quest, Tang et al.
+    2024, section 3.3)
     """
-    return torch.cat([q.clamp(min=0), q.clamp(max=0)], 2) @ bounds.transpose(1, 2)
+    move = slack * q.abs()
+    return torch.cat([q + move, q - move], 2) / 2 @ bounds.transpose(1, 2)
 
 
 class Away:
@@ -114,6 +127,8 @@ class RetrievalCache(WindowCache):
     slots of the row's own; what was chosen before and is there still need not be copied. Keys keep
     their positions, so that with room for all blocks this is full attention. (DRAM Attention)
     """
+
+    slack = 0.25  # See estimates.
 
     def __init__(self, n_dram, top_k, n_far, *others):
         """In blocks: in DRAM, those that come back, and the most of a row that leave its window."""
@@ -145,15 +160,15 @@ class RetrievalCache(WindowCache):
     def choose(self, layer, row, q):
         """The numbers of the blocks that q (T, H, D) wants back.
 
-        Each query divides its attention over the blocks as if their bounds were scores; a block
-        counts as much as the most that it gets from any query of any head.
+        Each query divides its attention over the blocks by their estimated scores; a block counts
+        as much as the most that it gets from any query of any head.
         """
         away, (T, _, D) = self.away[row], q.shape
         if len(away.dram) <= self.top_k:
             return range(len(away.dram))
         bounds = away.bounds[layer, :, : len(away.dram)]
         q = (q * D**-0.5).view(T, len(bounds), -1, D).transpose(0, 1).flatten(1, 2)
-        shares = upper_bounds(q, bounds).float().softmax(2)  # (Hkv, T * H / Hkv, n)
+        shares = estimates(q, bounds, self.slack).float().softmax(2)  # (Hkv, T * H / Hkv, n)
         return shares.amax((0, 1)).topk(self.top_k).indices.tolist()
 
     def fetch(self, layer, row, numbers):

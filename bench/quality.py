@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from common import RESULTS, load_script, save
 
 from kvcache import blocks_for
-from window import RetrievalCache, WindowCache, bounds_of, upper_bounds
+from window import RetrievalCache, WindowCache, bounds_of, estimates, plan
 
 PARTS = ("speed", "kept", "perplexity", "needle")
 SHARES, BUCKET = (2, 4, 8, 16), 1024
@@ -55,9 +55,7 @@ class Bench:
     def cache(self, longest, chunk, window=None, sink=0, top_k=0, block_size=16):
         """Room for a text of `longest` tokens. No window: for all of them."""
         window = window or longest
-        most = min(longest, sink + window + chunk + 3 * block_size)
-        far = blocks_for(max(0, longest - window), block_size)
-        sink, top_k = blocks_for(sink, block_size), blocks_for(top_k, block_size)
+        most, sink, far, top_k = plan(longest, sink, window, chunk, top_k, block_size)
         policy = (sink, window, chunk, partial(self.script.rotations, self.params))
         blocks = blocks_for(most, block_size) + top_k
         paged = (blocks, block_size, 1, most, self.shape, self.dtype, self.device)
@@ -105,7 +103,7 @@ class Bench:
 
     def perplexity(self, tokens, **policy):
         """The mean negative log likelihood (nats) of each BUCKET tokens along the text."""
-        cache, losses = self.cache(len(tokens), policy.pop("chunk", 16), **policy), []
+        cache, losses = self.cache(len(tokens), policy.pop("chunk", 32), **policy), []
         for logits in self.read(cache, tokens[:-1]):
             after = torch.tensor(tokens[len(losses) + 1 :][: len(logits)])
             losses += F.cross_entropy(logits.cpu(), after, reduction="none").tolist()
@@ -176,7 +174,7 @@ class Bench:
                 kept[: sink // 16], kept[first:] = True, True
                 if top_k:
                     middle = bounds_of(keys[sink // 16 : first].float()).transpose(0, 1)
-                    best = upper_bounds(query, middle).softmax(2).amax((0, 1))
+                    best = estimates(query, middle, RetrievalCache.slack).softmax(2).amax((0, 1))
                     kept[sink // 16 + best.topk(min(top_k // 16, len(best))).indices] = True
                 shares.append(float(weights[:, :, kept.repeat_interleave(16)[:seen]].sum(2).mean()))
 
@@ -287,14 +285,15 @@ def main():
     add = parser.add_argument
     add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     add("--tokens", type=int, default=20480, help="of the manual, for perplexity (20480)")
-    add("--lengths", nargs="+", type=int, default=(1000, 2000, 4000, 7500, 16000), metavar="N")
+    add("--lengths", nargs="+", type=int, default=(1000, 2000, 4000, 7500), metavar="N")
     add("--depths", type=int, default=20, help="needles for each length (20)")
     add("--json", type=Path, default=RESULTS / "quality.json", metavar="FILE")
     args = parser.parse_args()
     result = json.loads(args.json.read_text()) if args.json.exists() else {}
     bench = Bench()
     for part in args.only:
-        result[part] = []
+        old = result.get(part, []) if part == "needle" else []
+        result[part] = [case for case in old if case["tokens"] not in args.lengths]
         for case in globals()[part](bench, args, result):
             result[part].append(case)
             save(args.json, result)
