@@ -81,8 +81,8 @@ def rotations(params, positions):
 def forward(model, new, seq_len, attend):
     """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
 
-    new: a list of tokens for each row; concatenated, they need no padding. attend(layer, rows,
-    q, k, v) stores the keys and values of these rows (a slice) in place and attends to all of them.
+    new: a list of tokens for each row, an empty one for a row that takes no part. attend(layer,
+    rows, q, k, v) stores the keys and values of these rows (a slice) and attends to all of theirs.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
@@ -90,10 +90,10 @@ def forward(model, new, seq_len, attend):
     places = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
     tokens, positions, ends = (
         torch.tensor(list(numbers), device=w["norm"].device)
-        for numbers in (chain(*new), chain(*places), accumulate(lengths))
+        for numbers in (chain(*new), chain(*places), accumulate(filter(None, lengths)))
     )
     # One attention call for each run of neighbouring rows with equally many new tokens.
-    calls = [(T, list(rows)) for T, rows in groupby(range(len(new)), lengths.__getitem__)]
+    calls = [(T, list(rows)) for T, rows in groupby(range(len(new)), lengths.__getitem__) if T]
     sizes = [T * len(rows) for T, rows in calls]
     rotation = rotations(params, positions)
     x = w["tok_embeddings"][tokens]  # (N, dim)

@@ -59,7 +59,8 @@ class Stats:
 
     def sample(self, running, waiting, reserved, used):
         """Note how many requests run and wait in this step, slots reserved and used; show it."""
-        self.samples.append((running, reserved * self.bytes_per_token, used * self.bytes_per_token))
+        size = self.bytes_per_token
+        self.samples.append((running, round(reserved * size), used * size))
         if sys.stderr.isatty():
             done = self.args.n - running - waiting
             line = f"step {len(self.samples)}: {done} done, {running} running, {waiting} waiting"

@@ -5,10 +5,12 @@ a softmax written out in float64, a list of what every block should contain.
 """
 
 import base64
+import ctypes
 import difflib
 import importlib.util
 import json
 import math
+import mmap
 import re
 import signal
 import statistics
@@ -21,6 +23,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -31,6 +34,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import inputs
 import kernels
 import kvcache
+import pages
 import prefix
 import window
 from kernels import flash_attn_with_kvcache, linear, pack
@@ -50,9 +54,11 @@ def load_by_path(path):
     return module
 
 
-NAIVE, PAGED, TIERED = (
-    load_by_path(HERE / f"llama3-{name}.py") for name in ("naive", "paged", "tiered")
+NAIVE, VIRTUAL, PAGED, TIERED = (
+    load_by_path(HERE / f"llama3-{name}.py") for name in ("naive", "virtual", "paged", "tiered")
 )
+
+NAMES = ["naive", "virtual", "paged", "tiered"]
 
 # --- The oracle: Llama 3 without a cache ----------------------------------------------------------
 
@@ -1161,7 +1167,7 @@ def test_retrieval_on_smollm2_remembers_what_a_window_forgets(tmp_path, smollm2)
     assert "7318264" in finds["text"] and "7318264" not in forgets["text"]
 
 
-@pytest.mark.parametrize("script", [NAIVE, PAGED, TIERED], ids=["naive", "paged", "tiered"])
+@pytest.mark.parametrize("script", [NAIVE, VIRTUAL, PAGED, TIERED], ids=NAMES)
 def test_stop_tokens(tmp_path, tiny, script):
     """Answers that a stop token ends at once, on a block boundary and beside it, and limits."""
     texts = [text_of(n, seed=n) for n in (9, 10, 11, 12)]
@@ -1329,7 +1335,7 @@ def test_statistics_by_hand(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("Fragmented Memory: 0.00 GB (8.00%)\n")
 
 
-@pytest.mark.parametrize("script", [NAIVE, PAGED, TIERED], ids=["naive", "paged", "tiered"])
+@pytest.mark.parametrize("script", [NAIVE, VIRTUAL, PAGED, TIERED], ids=NAMES)
 def test_json_agrees_with_print(tmp_path, tiny, script, capsys):
     texts = [text_of(5 * n, seed=n) for n in range(1, 6)]
     result = run(script, tiny, tmp_path, texts, "--kv-gb", 0.03, "--max-new-tokens", 9)
@@ -1454,6 +1460,194 @@ def test_temperature():
         assert draws[token] / 20000 == pytest.approx(share, abs=0.015)
 
 
+# --- Virtual memory -------------------------------------------------------------------------------
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("page_kb", [PAGE // 1024, PAGE // 512])
+@pytest.mark.parametrize("tight", [False, True])
+def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, tight):
+    """Prompts that end just before, at and after a page; tight: hardly room for the longest."""
+    page = page_kb * 1024 // BYTES_PER_TOKEN
+    lengths = [page - 1, page, page + 1, 5, 33, 40, 2 * page] * 4
+    texts, limit, options = [text_of(n - 2, seed=n) for n in lengths], 40, []
+    if tight:
+        monkeypatch.setattr(
+            pages.VirtualCache, "can_admit", lambda self, n: self.pages_for(n) <= left(self)
+        )
+        n_pages = kvcache.blocks_for(max(lengths) + limit, page) + 1
+        options = ["--kv-gb", n_pages * page_kb * 1024 / 1e9]
+    result = run(VIRTUAL, tiny, tmp_path, texts, "--max-new-tokens", limit,
+                 "--page-kb", page_kb, *options)  # fmt: skip
+    plain = {text: plain_generate(tiny, tiny_prompt(text), limit) for text in set(texts)}
+    assert answers(result) == [plain[text] for text in texts]
+    if tight:
+        assert result["kv"]["peak_reserved_bytes"] <= result["kv"]["budget_bytes"]
+        assert result["preemptions"] >= 10
+
+
+def left(cache):
+    return cache.n_pages - sum(cache.n_needed)
+
+
+def test_virtual_calls_attention_as_naive_does():
+    calls = (
+        re.search(r"    def attend\(.*?\n\n", (HERE / f"llama3-{name}.py").read_text(), re.S)[0]
+        for name in ("naive", "virtual")
+    )
+    assert next(calls) == next(calls)
+
+
+def resident(cache):
+    """The pages of all rows behind which the kernel has memory."""
+    libc, memory = ctypes.CDLL(None, use_errno=True), cache.pages.memory
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    flags = (ctypes.c_ubyte * (len(memory) // PAGE))()
+    assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(memory)), flags) == 0
+    step = cache.page_bytes // PAGE
+    groups = [list(flags[i : i + step]) for i in range(0, len(flags), step)]
+    assert all(len({flag & 1 for flag in group}) == 1 for group in groups)
+    return {i for i, group in enumerate(groups) if group[0] & 1}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_what_has_memory(data):
+    """After each step: what the kernel says, the budget, and all that the rows hold."""
+    n_pages, size = data.draw(st.integers(3, 12)), PAGE * data.draw(st.sampled_from([1, 2]))
+    shape = (2, 1, 3 * size // 64)  # A token is three quarters of a page.
+    cache = pages.VirtualCache(n_pages, size, 4, 12, shape, torch.float32, "cpu")
+    held = {}  # Of each row in use the numbers in it, one a token.
+    for step in range(20):
+        row = data.draw(st.integers(0, 3))
+        before = list(cache.n_mapped), list(cache.n_needed)
+        free = n_pages - sum(cache.n_needed)
+        if row not in held:
+            n = data.draw(st.integers(1, 12))
+            if len(held) == 4 or cache.pages_for(n) > free:
+                continue
+            held[row := cache.admit(n)] = []
+        elif data.draw(st.booleans()):
+            cache.release(row)
+            del held[row]
+            assert cache.n_mapped == before[0]  # Nothing is unmapped before others need it.
+            continue
+        else:
+            n = data.draw(st.integers(len(held[row]), 12))
+            need = max(0, cache.pages_for(n) - cache.n_needed[row])
+            assert cache.grow(row, n) == (need <= free)
+            if need > free:
+                assert (cache.n_mapped, cache.n_needed) == before
+                continue
+        for token in range(len(held[row]), n):
+            held[row].append(100 * step + token)
+            cache.kv[:, :, row, token] = held[row][-1]
+        assert resident(cache) == {
+            row * cache.row_pages + i for row in range(4) for i in range(cache.n_mapped[row])
+        }
+        assert sum(cache.n_mapped) <= n_pages
+        for row, numbers in held.items():
+            assert cache.n_needed[row] <= cache.n_mapped[row]
+            assert cache.pages_for(len(numbers)) <= cache.n_needed[row]
+            for token, number in enumerate(numbers):
+                assert (cache.kv[:, :, row, token] == number).all()
+        assert sorted([*held, *cache.idle]) == [0, 1, 2, 3]
+
+
+def test_idle_rows_are_used_again():
+    """The row that fits best; others lose their pages before it, the first released at first."""
+    cache = pages.VirtualCache(10, PAGE, 4, 8, (1, 1, PAGE // 8), torch.float32, "cpu")
+    rows = [cache.admit(n) for n in (1, 4, 2, 1)]  # A token is a page.
+    for row in rows:
+        cache.release(row)
+    assert [cache.n_mapped[row] for row in rows] == [1, 4, 2, 1] and left(cache) == 10
+    assert cache.admit(2) == rows[2]
+    assert cache.admit(5) == rows[1]  # None has five: four are the most.
+    assert [cache.n_mapped[row] for row in rows] == [1, 5, 2, 1]
+    assert cache.grow(rows[1], 7)  # One page was free; row 0 was released before row 3.
+    assert [cache.n_mapped[row] for row in rows] == [0, 7, 2, 1]
+    assert not cache.grow(rows[1], 9) and cache.n_needed[rows[1]] == 7
+    cache.release(rows[1])
+    assert cache.admit(1) == rows[3] and cache.n_mapped[rows[1]] == 7
+
+
+def test_calls_to_the_cuda_driver(monkeypatch):
+    """Order and arguments, by a stand-in that notes them; the addresses are those of a buffer."""
+    calls, made, buffer = [], iter(range(100, 200)), torch.zeros(16 * 4096, dtype=torch.uint8)
+
+    def function(name):
+        def call(*args):
+            calls.append((name, *args))
+            results = {"cuMemGetAllocationGranularity": 1024, "cuMemCreate": next(made)}
+            if name == "cuMemAddressReserve":
+                return 0, buffer.data_ptr()
+            return (0, results[name]) if name in results else (0,)
+
+        return call
+
+    driver = mock.MagicMock()
+    for name in (
+        "GetAllocationGranularity",
+        "AddressReserve",
+        "Create",
+        "Map",
+        "SetAccess",
+        "Unmap",
+    ):
+        setattr(driver, f"cuMem{name}", function(f"cuMem{name}"))
+    monkeypatch.setitem(sys.modules, "cuda", mock.MagicMock())
+    monkeypatch.setitem(sys.modules, "cuda.bindings", mock.MagicMock(driver=driver))
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    device = pages.CudaPages(16, 4096, "cpu")
+    assert [call[0] for call in calls] == ["cuMemGetAllocationGranularity", "cuMemAddressReserve"]
+    assert calls[1] == ("cuMemAddressReserve", 16 * 4096, 0, 0, 0)
+    base = buffer.data_ptr()
+    assert device.bytes.data_ptr() == base and device.bytes.numel() == buffer.numel()
+    calls.clear()
+    device.map(3, 2)
+    a, b = base + 3 * 4096, base + 4 * 4096
+    create = ("cuMemCreate", 4096, device.prop, 0)
+    first, second = (call[4] for call in calls if call[0] == "cuMemMap")
+    assert first != second
+    assert calls == [
+        create, ("cuMemMap", a, 4096, 0, first, 0),
+        create, ("cuMemMap", b, 4096, 0, second, 0),
+        ("cuMemSetAccess", a, 2 * 4096, [device.access], 1),
+    ]  # fmt: skip
+    calls.clear()
+    device.unmap(4, 1)  # One by one: a mapping cannot be undone in part.
+    device.map(9, 1)
+    c = base + 9 * 4096
+    assert calls == [
+        "synchronize", ("cuMemUnmap", b, 4096),
+        ("cuMemMap", c, 4096, 0, second, 0), ("cuMemSetAccess", c, 4096, [device.access], 1),
+    ]  # fmt: skip
+    driver.cuMemUnmap = lambda *args: (2,)
+    with pytest.raises(RuntimeError, match="cuMemUnmap"):
+        device.unmap(9, 1)
+    with pytest.raises(ValueError, match="multiples of 1 KiB"):
+        pages.CudaPages(16, 1000, "cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_pages_on_a_card():
+    """Map, grow, unmap, use again; numbers stay where they were put."""
+    cache = pages.VirtualCache(6, 2 << 20, 3, 64, (32, 8, 128), torch.float16, "cuda")
+    rows = [cache.admit(n) for n in (16, 40)]
+    for row, n in zip(rows, (16, 40), strict=True):
+        cache.kv[:, :, row, :n] = row + 1
+    assert not cache.grow(rows[0], 64) and cache.grow(rows[0], 48)
+    cache.kv[:, :, rows[0], 16:48] = 5
+    assert (cache.kv[:, :, rows[0], :16] == 1).all() and (cache.kv[:, :, rows[1], :40] == 2).all()
+    cache.release(rows[1])
+    row = cache.admit(33)
+    cache.kv[:, :, row, :33] = 7
+    assert (cache.kv[:, :, rows[0], 16:48] == 5).all() and (cache.kv[:, :, row, :33] == 7).all()
+
+
 # --- Mistakes -------------------------------------------------------------------------------------
 
 MISTAKES = {
@@ -1480,6 +1674,7 @@ MISTAKES = {
     "no such device": ["2", "--device", "tpu"],
     "no such folder for JSON": ["2", "--json", "nowhere/out.json"],
 }
+VIRTUAL_MISTAKES = {"half a page": ["2", "--page-kb", "2"], "no page": ["2", "--page-kb", "0"]}
 PAGED_MISTAKES = {"block of nothing": ["2", "--block-size", "0"]}
 TIERED_MISTAKES = {
     "negative DRAM": ["2", "--dram-gb", "-1"],
@@ -1494,6 +1689,7 @@ TIERED_MISTAKES = {
     "too little DRAM to remember": ["2", "--window", "64", "--top-k", "16", "--dram-gb", "1e-5"],
 }
 CASES = [(NAIVE, name) for name in MISTAKES]
+CASES += [(VIRTUAL, name) for name in (*MISTAKES, *VIRTUAL_MISTAKES) if "beyond" not in name]
 CASES += [(PAGED, name) for name in (*MISTAKES, *PAGED_MISTAKES)]
 CASES += [(TIERED, name) for name in (*MISTAKES, *PAGED_MISTAKES, *TIERED_MISTAKES)]
 
@@ -1507,7 +1703,7 @@ def test_mistakes_get_one_sentence(tmp_path, tiny, capsys, script, mistake):
     (make_checkpoint(tmp_path / "shards") / "consolidated.01.pth").touch()
     (make_checkpoint(tmp_path / "broken") / "consolidated.00.pth").write_bytes(b"weights")
     prompts = write_prompts(tmp_path / "prompts.json", ["x" * 30])
-    argv = {**MISTAKES, **PAGED_MISTAKES, **TIERED_MISTAKES}[mistake]
+    argv = {**MISTAKES, **VIRTUAL_MISTAKES, **PAGED_MISTAKES, **TIERED_MISTAKES}[mistake]
     argv = ["--model", str(tiny), "--prompts", str(prompts), "--device", "cpu", *argv]
     with pytest.raises(SystemExit) as raised:
         script.main([a.format(tmp=tmp_path) for a in argv])

@@ -18,6 +18,7 @@ nothing leaves. The JSON file is written after each case.
 
 import argparse
 import json
+import math
 import random
 import statistics
 import time
@@ -32,11 +33,11 @@ from kvcache import blocks_for
 from window import RetrievalCache, WindowCache, bounds_of, estimates, plan
 
 PARTS = ("speed", "kept", "perplexity", "needle")
-SHARES, BUCKET = (2, 4, 8, 16), 1024
+CASE = ("context", "policy", "share", "window", "tokens")  # What tells cases of a part apart.
+SHARES, BUCKET, CONTEXT = (2, 4, 8, 16), 1024, 8192  # CONTEXT: SmolLM2's.
 NOISE = "The hills are brown. A cart goes by. The bread is warm. Somebody hums. It is late. "
-NEEDLE = "Please note that the secret number of the {key} is: {number}. "
-QUESTION = "What is the secret number of the {key} that the text above has told you?"
-ANSWER = "The secret number of the {key} is:"
+NEEDLE = "Remember: the code of the {key} is {number}. "
+QUESTION, ANSWER = "Question: what is the code of the {key}?", "The code of the {key} is"
 
 
 class Bench:
@@ -216,7 +217,7 @@ def policies(hbm):
     }
 
 
-def speed(bench, args, result):
+def speed(bench, args):
     """HBM for 1,024 tokens against a context that grows."""
     for n in (1024 * 2**i for i in range(7)):
         for name, policy in {"full": {}, **policies(1024)}.items():
@@ -224,11 +225,11 @@ def speed(bench, args, result):
             yield {"context": n, "policy": name, "ms": ms, "hbm_bytes": hbm}
 
 
-def kept(bench, args, result):
+def kept(bench, args):
     """4,096 tokens of the manual; all but the mass over the second half."""
     tokens, half = bench.manual(4096), 2048
     full = torch.cat(list(bench.read(bench.cache(4096, 512), tokens)))[half:].log_softmax(1)
-    for share in SHARES:
+    for share in args.shares:
         for name, policy in policies(4096 // share).items():
             logits = torch.cat(list(bench.read(bench.cache(4096, 16, **policy), tokens)))[half:]
             same = (logits.argmax(1) == full.argmax(1)).float().mean()
@@ -243,10 +244,10 @@ def kept(bench, args, result):
             }
 
 
-def perplexity(bench, args, result):
+def perplexity(bench, args):
     """The losses of BUCKET tokens each; full attention as far as the model's context goes."""
     tokens = bench.manual(args.tokens)
-    yield {"policy": "full", "window": None, "nats": bench.perplexity(tokens[:8192], chunk=512)}
+    yield {"policy": "full", "window": None, "nats": bench.perplexity(tokens[:CONTEXT], chunk=512)}
     for window in (256, 512, 1024):
         for name, policy in {
             "window": {"window": window},
@@ -259,11 +260,11 @@ def perplexity(bench, args, result):
             yield {"policy": name, "window": window, "nats": nats}
 
 
-def needle(bench, args, result):
+def needle(bench, args):
     """Needles at depths from the beginning to the end of the text."""
     for n in args.lengths:
         cases = {("full", 1): {}}
-        cases |= {(name, s): p for s in SHARES for name, p in policies(n // s).items()}
+        cases |= {(name, s): p for s in args.shares for name, p in policies(n // s).items()}
         for (name, share), policy in cases.items():
             found = []
             for i in range(args.depths):
@@ -277,6 +278,104 @@ def needle(bench, args, result):
             yield case
 
 
+# --- Tables and figure ----------------------------------------------------------------------------
+
+
+def print_tables(result):
+    by_name = {"full": [], "sink + window": [], "retrieval": []}
+    for case in result.get("speed", []):
+        by_name[case["policy"]].append(case)
+    if by_name["full"]:
+        print("\nA decode step; HBM for 1,024 tokens, or for all (full): milliseconds, MB of HBM")
+        print("context" + "".join(f"{name:>20}" for name in by_name))
+        for cases in zip(*by_name.values(), strict=True):
+            row = "".join(f"{case['ms']:12.1f}{case['hbm_bytes'] / 1e6:8.1f}" for case in cases)
+            print(f"{cases[0]['context']:7,}{row}")
+    if result.get("kept"):
+        print("\nAgainst full attention, 4,096 tokens: mass kept, same greedy token, KL (nats)")
+        print(" HBM  policy            mass    same      KL")
+    for case in result.get("kept", []):
+        print(f"1/{case['share']:<3} {case['policy']:14}{case['mass']:8.1%}{case['same']:8.1%}"
+              f"{case['kl']:8.3f}")  # fmt: skip
+    if result.get("perplexity"):
+        print(f"\nPerplexity of Python's manual: its first {CONTEXT:,} tokens, those behind them")
+        print(f"{'policy':18}{'window':>7}{'first':>8}{'behind':>8}")
+    for case in result.get("perplexity", []):
+        nats, n = case["nats"], CONTEXT // BUCKET
+        first, behind = (
+            f"{math.exp(statistics.mean(some)):8.2f}" if some else f"{'-':>8}"
+            for some in (nats[:n], nats[n:])
+        )
+        print(f"{case['policy']:18}{case['window'] or '-':>7}{first}{behind}")
+    if result.get("needle"):
+        print("\nNeedles found; blocks wanted that HBM had; GB moved a prompt")
+        print("tokens   HBM  policy          found    hits      GB")
+    order = {"full": 0, "sink + window": 1, "retrieval": 2}
+    for case in sorted(result.get("needle", []), key=lambda c: (c["tokens"], order[c["policy"]])):
+        more = f"{case['hit_rate']:8.1%}{case['gb_moved']:8.2f}" if "hit_rate" in case else ""
+        share = f"1/{case['share']}"
+        print(f"{case['tokens']:6,}{share:>6}  {case['policy']:14}"
+              f"{statistics.mean(case['found']):7.0%}{more}")  # fmt: skip
+
+
+def draw(result, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "quality"  # The same figure is the same file.
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="tight")
+    (top_left, top_right), (left, right) = axes
+    styles = {
+        "full": ("#222222", "-", "s"),
+        "window": ("#b9c2cb", ":", "v"),
+        "1 sink + window": ("#97a2ad", "-.", "<"),
+        "4 sinks + window": ("#7d8894", "--", "^"),
+        "16 sinks + window": ("#5c6670", "--", ">"),
+        "sink + window": ("#7d8894", "--", "^"),
+        "retrieval": ("#1f5fa8", "-", "o"),
+    }
+
+    def line(axis, name, xs, ys):
+        color, style, marker = styles[name]
+        axis.plot(xs, ys, style, marker=marker, color=color, label=name, markersize=4)
+
+    for case in result["perplexity"]:
+        if case["window"] in (None, 512):
+            whole = case["nats"]
+            xs = [BUCKET * (i + 1) for i in range(len(whole))]
+            line(top_left, case["policy"], xs, [math.exp(nats) for nats in whole])
+    top_left.axvline(CONTEXT, color="#444444", linewidth=0.8)
+    top_left.set(xlabel="tokens read", ylabel="perplexity", yscale="log", title="Window of 512")
+    both = ("sink + window", "retrieval")
+    for name in both:
+        cases = sorted((c for c in result["kept"] if c["policy"] == name), key=lambda c: c["share"])
+        line(top_right, name, [1 / c["share"] for c in cases], [c["kl"] for c in cases])
+    top_right.set(xlabel="share of 4,096 tokens in HBM", ylabel="KL divergence, nats")
+    top_right.set(title="Next token against full attention", xscale="log", yscale="log")
+    lengths = sorted({case["tokens"] for case in result["needle"]})
+    for name, share in (("full", 1), ("sink + window", 4), ("retrieval", 4), ("retrieval", 8)):
+        cases = [c for c in result["needle"] if (c["policy"], c["share"]) == (name, share)]
+        found = {c["tokens"]: statistics.mean(c["found"]) for c in cases}
+        color, style, marker = styles[name]
+        label = name if share == 1 else f"{name}, 1/{share} in HBM"
+        xs = [n for n in lengths if n in found]
+        shade = "#7fb0e6" if share == 8 else color
+        left.plot(xs, [found[n] for n in xs], style, marker=marker, color=shade, label=label)
+    left.set(xlabel="tokens", ylabel="needles found", ylim=(-0.05, 1.05), title="Needle in noise")
+    for name in ("full", *both):
+        cases = [c for c in result["speed"] if c["policy"] == name]
+        line(right, name, [c["context"] for c in cases], [c["ms"] for c in cases])
+    right.set(xlabel="tokens of context", ylabel="milliseconds", xscale="log", yscale="log")
+    right.set(title="A decode step, HBM for 1,024 tokens")
+    for axis in axes.flat:
+        axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(
@@ -286,18 +385,24 @@ def main():
     add("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     add("--tokens", type=int, default=20480, help="of the manual, for perplexity (20480)")
     add("--lengths", nargs="+", type=int, default=(1000, 2000, 4000, 7500), metavar="N")
+    add("--shares", nargs="+", type=int, default=SHARES, metavar="S", help="HBM for 1/S of a text")
     add("--depths", type=int, default=20, help="needles for each length (20)")
     add("--json", type=Path, default=RESULTS / "quality.json", metavar="FILE")
+    add("--show", type=Path, metavar="FILE", help="print and draw an earlier result")
     args = parser.parse_args()
-    result = json.loads(args.json.read_text()) if args.json.exists() else {}
-    bench = Bench()
-    for part in args.only:
-        old = result.get(part, []) if part == "needle" else []
-        result[part] = [case for case in old if case["tokens"] not in args.lengths]
-        for case in globals()[part](bench, args, result):
-            result[part].append(case)
-            save(args.json, result)
+    file = args.show or args.json
+    result = json.loads(file.read_text()) if file.exists() else {}
+    bench = None if args.show else Bench()
+    for part in () if args.show else args.only:
+        for case in globals()[part](bench, args):
+            names = {name: case[name] for name in CASE if name in case}
+            others = (c for c in result.get(part, []) if not names.items() <= c.items())
+            result[part] = [*others, case]  # Measured again, it replaces what was there.
+            save(args.json, {part: result[part] for part in PARTS if part in result})
             print(part, case, flush=True)
+    print_tables(result)
+    if all(part in result for part in PARTS):
+        draw(result, file)
 
 
 if __name__ == "__main__":

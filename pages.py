@@ -1,0 +1,171 @@
+"""Virtual memory: a range of addresses, which costs nothing, and memory behind some of its pages.
+
+A kernel that reads a row of a cache in such a range sees one contiguous piece. Which pages have
+memory is decided outside of it, by calls to the operating system or, on a GPU, to the CUDA driver.
+"""
+
+import mmap
+import sys
+
+import torch
+
+from kvcache import blocks_for
+
+# --- Rows that grow -------------------------------------------------------------------------------
+
+
+class VirtualCache:
+    """Rows of max_seq_len slots, of which the first have memory: n_mapped[row] pages.
+
+    A request needs the first n_needed[row] pages of its row. What is mapped besides stays, for the
+    row to grow into or for its next request, until another row needs the memory: deferred
+    reclamation. (vAttention, Prabhu et al. 2024.) All layers' keys and values of a token lie side
+    by side, so that of a row only the last page is partly empty.
+    """
+
+    def __init__(self, n_pages, page_bytes, max_rows, max_seq_len, shape, dtype, device):
+        """Memory for n_pages at most. shape: (layers, K and V heads, D).
+
+        Raises ValueError, OSError, ImportError or RuntimeError where this cannot be had.
+        """
+        L, Hkv, D = shape
+        self.n_pages, self.page_bytes = n_pages, page_bytes
+        self.token_bytes = 2 * L * Hkv * D * dtype.itemsize
+        self.row_pages = self.pages_for(max_seq_len)
+        size = (max_rows * self.row_pages, page_bytes)
+        self.pages = CudaPages(*size, device) if device == "cuda" else HostPages(*size)
+        rows = self.pages.bytes.view(dtype).view(max_rows, -1)
+        kv = rows[:, : max_seq_len * 2 * L * Hkv * D].unflatten(1, (max_seq_len, L, 2, Hkv, D))
+        self.kv = kv.permute(3, 2, 0, 1, 4, 5)  # (2, L, max_rows, max_seq_len, Hkv, D)
+        self.n_mapped, self.n_needed = [0] * max_rows, [0] * max_rows
+        self.idle = list(range(max_rows))  # Rows without a request, first those idle for longest.
+        self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored.
+
+    def pages_for(self, n_tokens):
+        """How many pages hold n_tokens."""
+        return blocks_for(n_tokens * self.token_bytes, self.page_bytes)
+
+    def can_admit(self, n_tokens):
+        """Whether there is memory for n_tokens, and for one more of each row."""
+        n_rows = len(self.n_needed) - len(self.idle)
+        need = self.pages_for(n_tokens) + n_rows * self.pages_for(1)
+        return need <= self.n_pages - sum(self.n_needed)
+
+    def admit(self, n_tokens):
+        """Returns the row that fits best: with few pages too many, or else with the most."""
+        spare = {row: self.n_mapped[row] - self.pages_for(n_tokens) for row in self.idle}
+        row = min(self.idle, key=lambda row: (spare[row] < 0, abs(spare[row])))
+        self.idle.remove(row)
+        self.seq_len[row] = 0
+        self.grow(row, n_tokens)
+        return row
+
+    def grow(self, row, n_tokens):
+        """See to it that n_tokens of the row have memory; False, and no change, if none is left."""
+        need = max(self.pages_for(n_tokens), self.n_needed[row])
+        if need - self.n_needed[row] > self.n_pages - sum(self.n_needed):
+            return False
+        self.n_needed[row] = need
+        if (more := need - self.n_mapped[row]) > 0:
+            self.reclaim(sum(self.n_mapped) + more - self.n_pages)
+            self.pages.map(row * self.row_pages + self.n_mapped[row], more)
+            self.n_mapped[row] = need
+        return True
+
+    def reclaim(self, n):
+        """Unmap n pages that no request needs, of idle rows before others."""
+        for row in (*self.idle, *range(len(self.n_needed))):
+            if (some := min(n, self.n_mapped[row] - self.n_needed[row])) > 0:
+                self.n_mapped[row] -= some
+                self.pages.unmap(row * self.row_pages + self.n_mapped[row], some)
+                n -= some
+
+    def release(self, row):
+        """The row's request has ended or is preempted."""
+        self.n_needed[row] = 0
+        self.idle.append(row)
+
+    def usage(self):
+        """Slots that the pages of all requests would have room for, and slots that hold a token."""
+        used = sum(n for n, need in zip(self.seq_len.tolist(), self.n_needed, strict=True) if need)
+        return sum(self.n_needed) * self.page_bytes / self.token_bytes, used
+
+
+# --- Pages ----------------------------------------------------------------------------------------
+
+
+class HostPages:
+    """Pages of an anonymous mapping on a CPU; the first write to a page puts memory behind it.
+
+    madvise gives it back: at once on Linux; on macOS when the system runs short of memory.
+    """
+
+    def __init__(self, n_pages, page_bytes):
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            raise ValueError("this needs madvise, as Linux and macOS have it")
+        if page_bytes % mmap.PAGESIZE:
+            raise ValueError(f"pages are multiples of {mmap.PAGESIZE // 1024} KiB here")
+        flags, self.let_go = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.MADV_FREE
+        if sys.platform == "linux":
+            flags |= 0x4000  # MAP_NORESERVE: what is reserved may be more than all memory.
+            self.let_go = mmap.MADV_DONTNEED
+        self.page_bytes = page_bytes
+        self.memory = mmap.mmap(-1, n_pages * page_bytes, flags=flags)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Nor may Linux put 2 MiB where one page is asked for.
+            self.memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
+
+    def map(self, first, n):
+        start, end = first * self.page_bytes, (first + n) * self.page_bytes
+        self.bytes[start : end : mmap.PAGESIZE] = 0
+
+    def unmap(self, first, n):
+        self.memory.madvise(self.let_go, first * self.page_bytes, n * self.page_bytes)
+
+
+class CudaPages:
+    """The same on a GPU. Pieces of memory the size of a page, once made, move from page to page."""
+
+    def __init__(self, n_pages, page_bytes, device):
+        from cuda.bindings import driver
+
+        torch.cuda.current_stream().synchronize()  # There is a context after this.
+        self.driver, self.page_bytes, self.spare, self.pieces = driver, page_bytes, [], {}
+        self.prop, self.access = driver.CUmemAllocationProp(), driver.CUmemAccessDesc()
+        self.prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        self.prop.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        self.prop.location.id = torch.device(device).index or 0
+        self.access.location = self.prop.location
+        self.access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
+        unit = self.call("cuMemGetAllocationGranularity", self.prop, least)
+        if page_bytes % unit:
+            raise ValueError(f"pages are multiples of {unit // 1024} KiB here")
+        size = n_pages * page_bytes
+        self.base = int(self.call("cuMemAddressReserve", size, 0, 0, 0))
+        place = torch.device(device), size
+        storage = torch._C._construct_storage_from_data_pointer(self.base, *place)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+    def call(self, name, *args):
+        """A function of the driver. Raises RuntimeError with its result code if that is not 0."""
+        code, *results = getattr(self.driver, name)(*args)
+        if int(code):
+            raise RuntimeError(f"{name}: {code}")
+        return results[0] if results else None
+
+    def map(self, first, n):
+        for page in range(first, first + n):
+            if not self.spare:
+                self.spare.append(self.call("cuMemCreate", self.page_bytes, self.prop, 0))
+            start = self.base + page * self.page_bytes
+            self.call("cuMemMap", start, self.page_bytes, 0, self.spare[-1], 0)
+            self.pieces[page] = self.spare.pop()
+        start = self.base + first * self.page_bytes
+        self.call("cuMemSetAccess", start, n * self.page_bytes, [self.access], 1)
+
+    def unmap(self, first, n):
+        torch.cuda.synchronize()  # The driver does not wait for what may still read them.
+        for page in range(first, first + n):
+            self.call("cuMemUnmap", self.base + page * self.page_bytes, self.page_bytes)
+            self.spare.append(self.pieces.pop(page))
