@@ -23,7 +23,6 @@ import torch.nn.functional as F
 
 from inputs import PROMPTS, SMOLLM2, at_least, load, or_exit, read_prompts
 from kernels import flash_attn_with_kvcache, linear
-from kvcache import blocks_for
 from pages import VirtualCache
 from stats import Stats
 
@@ -125,6 +124,7 @@ def choose(logits, temperature):
 # --- KV cache -------------------------------------------------------------------------------------
 
 add("--page-kb", metavar="KB", type=at_least(1), help="(a page of the system; CUDA: 2048)")
+add("--layout", choices=["layer", "token"], help="what lies side by side (layer; CUDA: token)")
 
 
 def generate(model, cache, tokens, limits, stop, args, stats):
@@ -179,15 +179,16 @@ def main(argv=None):
     model, encoding, chat = load(args)
     texts, prompts = read_prompts(args, encoding, chat)
     stats = Stats(args, model[0])
-    page_bytes = 1024 * (args.page_kb or (2048 if args.device == "cuda" else mmap.PAGESIZE // 1024))
-    room = stats.budget // page_bytes
+    on_cuda = args.device == "cuda"
+    page_bytes = 1024 * args.page_kb if args.page_kb else 2 << 20 if on_cuda else mmap.PAGESIZE
+    by_token = args.layout == "token" if args.layout else on_cuda
     limits = [min(len(prompt) + args.max_new_tokens, args.max_seq_len) for prompt in prompts]
-    need = blocks_for((max(limits) - 1) * stats.bytes_per_token, page_bytes)
-    if need > room:
-        sys.exit(f"A request may need {need} pages, --kv-gb has room for {room}.")
-    paged = (room, page_bytes, args.n, args.max_seq_len, stats.shape, stats.dtype, args.device)
+    rows = (args.n, args.max_seq_len, stats.shape, stats.dtype, args.device)
     with or_exit(f"{args.n} rows of {args.max_seq_len} slots in virtual memory cannot be had"):
-        cache = VirtualCache(*paged)
+        cache = VirtualCache(stats.budget, page_bytes, by_token, *rows)
+    if (need := cache.steps_for(max(limits) - 1)) > cache.n_steps:
+        size = f"{need * cache.step_bytes / 1e9:.4f} GB"
+        sys.exit(f"A request may need {size} in pages, --kv-gb has {stats.budget / 1e9:.4f} GB.")
     stop = {chat["special_tokens"][name] for name in chat["stop"]}
     tokens = [list(prompt) for prompt in prompts]
     try:

@@ -4,6 +4,7 @@ A kernel that reads a row of a cache in such a range sees one contiguous piece. 
 memory is decided outside of it, by calls to the operating system or, on a GPU, to the CUDA driver.
 """
 
+import math
 import mmap
 import sys
 
@@ -15,45 +16,53 @@ from kvcache import blocks_for
 
 
 class VirtualCache:
-    """Rows of max_seq_len slots, of which the first have memory: n_mapped[row] pages.
+    """Rows of max_seq_len slots, of which the first have memory: n_mapped[row] steps of pages.
 
-    A request needs the first n_needed[row] pages of its row. What is mapped besides stays, for the
+    A request needs the first n_needed[row] steps of its row. What is mapped besides stays, for the
     row to grow into or for its next request, until another row needs the memory: deferred
-    reclamation. (vAttention, Prabhu et al. 2024.) All layers' keys and values of a token lie side
-    by side, so that of a row only the last page is partly empty.
+    reclamation. (vAttention, Prabhu et al. 2024.)
+
+    by_token: all keys and values of a token lie side by side, and a step is one page. If not, each
+    layer's keys and values are a piece by themselves, and a step is a page of each of these 2 L.
     """
 
-    def __init__(self, n_pages, page_bytes, max_rows, max_seq_len, shape, dtype, device):
-        """Memory for n_pages at most. shape: (layers, K and V heads, D).
+    def __init__(self, budget, page_bytes, by_token, max_rows, max_seq_len, shape, dtype, device):
+        """Use up to `budget` bytes. shape: (layers, K and V heads, D).
 
         Raises ValueError, OSError, ImportError or RuntimeError where this cannot be had.
         """
         L, Hkv, D = shape
-        self.n_pages, self.page_bytes = n_pages, page_bytes
+        self.pieces = 1 if by_token else 2 * L
+        self.step_bytes = self.pieces * page_bytes
         self.token_bytes = 2 * L * Hkv * D * dtype.itemsize
-        self.row_pages = self.pages_for(max_seq_len)
-        size = (max_rows * self.row_pages, page_bytes)
+        self.n_steps, self.row_steps = budget // self.step_bytes, self.steps_for(max_seq_len)
+        size = (max_rows * self.pieces * self.row_steps, page_bytes)
         self.pages = CudaPages(*size, device) if device == "cuda" else HostPages(*size)
-        rows = self.pages.bytes.view(dtype).view(max_rows, -1)
-        kv = rows[:, : max_seq_len * 2 * L * Hkv * D].unflatten(1, (max_seq_len, L, 2, Hkv, D))
-        self.kv = kv.permute(3, 2, 0, 1, 4, 5)  # (2, L, max_rows, max_seq_len, Hkv, D)
+        pieces = self.pages.bytes.view(dtype).view(max_rows, self.pieces, -1)
+        slots = (max_seq_len, L, 2, Hkv, D) if by_token else (max_seq_len, Hkv, D)
+        pieces = pieces[:, :, : math.prod(slots)].unflatten(2, slots)
+        self.kv = (  # (2, L, max_rows, max_seq_len, Hkv, D)
+            pieces.squeeze(1).permute(3, 2, 0, 1, 4, 5)
+            if by_token
+            else pieces.unflatten(1, (L, 2)).permute(2, 1, 0, 3, 4, 5)
+        )
         self.n_mapped, self.n_needed = [0] * max_rows, [0] * max_rows
         self.idle = list(range(max_rows))  # Rows without a request, first those idle for longest.
         self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored.
 
-    def pages_for(self, n_tokens):
-        """How many pages hold n_tokens."""
-        return blocks_for(n_tokens * self.token_bytes, self.page_bytes)
+    def steps_for(self, n_tokens):
+        """How many steps of pages hold n_tokens."""
+        return blocks_for(n_tokens * self.token_bytes, self.step_bytes)
 
     def can_admit(self, n_tokens):
         """Whether there is memory for n_tokens, and for one more of each row."""
         n_rows = len(self.n_needed) - len(self.idle)
-        need = self.pages_for(n_tokens) + n_rows * self.pages_for(1)
-        return need <= self.n_pages - sum(self.n_needed)
+        need = self.steps_for(n_tokens) + n_rows * self.steps_for(1)
+        return need <= self.n_steps - sum(self.n_needed)
 
     def admit(self, n_tokens):
         """Returns the row that fits best: with few pages too many, or else with the most."""
-        spare = {row: self.n_mapped[row] - self.pages_for(n_tokens) for row in self.idle}
+        spare = {row: self.n_mapped[row] - self.steps_for(n_tokens) for row in self.idle}
         row = min(self.idle, key=lambda row: (spare[row] < 0, abs(spare[row])))
         self.idle.remove(row)
         self.seq_len[row] = 0
@@ -62,23 +71,29 @@ class VirtualCache:
 
     def grow(self, row, n_tokens):
         """See to it that n_tokens of the row have memory; False, and no change, if none is left."""
-        need = max(self.pages_for(n_tokens), self.n_needed[row])
-        if need - self.n_needed[row] > self.n_pages - sum(self.n_needed):
+        need = max(self.steps_for(n_tokens), self.n_needed[row])
+        if need - self.n_needed[row] > self.n_steps - sum(self.n_needed):
             return False
         self.n_needed[row] = need
         if (more := need - self.n_mapped[row]) > 0:
-            self.reclaim(sum(self.n_mapped) + more - self.n_pages)
-            self.pages.map(row * self.row_pages + self.n_mapped[row], more)
+            self.reclaim(sum(self.n_mapped) + more - self.n_steps)
+            self.pages.map(self.places(row, self.n_mapped[row], need))
             self.n_mapped[row] = need
         return True
 
     def reclaim(self, n):
-        """Unmap n pages that no request needs, of idle rows before others."""
+        """Unmap n steps that no request needs, of idle rows before others."""
         for row in (*self.idle, *range(len(self.n_needed))):
             if (some := min(n, self.n_mapped[row] - self.n_needed[row])) > 0:
                 self.n_mapped[row] -= some
-                self.pages.unmap(row * self.row_pages + self.n_mapped[row], some)
+                first = self.n_mapped[row]
+                self.pages.unmap(self.places(row, first, first + some))
                 n -= some
+
+    def places(self, row, first, end):
+        """The pages of a row's steps first .. end - 1."""
+        pieces = range(row * self.pieces, (row + 1) * self.pieces)
+        return [piece * self.row_steps + i for piece in pieces for i in range(first, end)]
 
     def release(self, row):
         """The row's request has ended or is preempted."""
@@ -88,7 +103,7 @@ class VirtualCache:
     def usage(self):
         """Slots that the pages of all requests would have room for, and slots that hold a token."""
         used = sum(n for n, need in zip(self.seq_len.tolist(), self.n_needed, strict=True) if need)
-        return sum(self.n_needed) * self.page_bytes / self.token_bytes, used
+        return sum(self.n_needed) * self.step_bytes / self.token_bytes, used
 
 
 # --- Pages ----------------------------------------------------------------------------------------
@@ -115,12 +130,14 @@ class HostPages:
             self.memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
 
-    def map(self, first, n):
-        start, end = first * self.page_bytes, (first + n) * self.page_bytes
-        self.bytes[start : end : mmap.PAGESIZE] = 0
+    def map(self, places):
+        """Put memory behind these pages, which have none."""
+        self.bytes.view(-1, self.page_bytes)[places, :: mmap.PAGESIZE] = 0
 
-    def unmap(self, first, n):
-        self.memory.madvise(self.let_go, first * self.page_bytes, n * self.page_bytes)
+    def unmap(self, places):
+        """Give the memory behind these pages back; what they held is lost."""
+        for page in places:
+            self.memory.madvise(self.let_go, page * self.page_bytes, self.page_bytes)
 
 
 class CudaPages:
@@ -154,18 +171,17 @@ class CudaPages:
             raise RuntimeError(f"{name}: {code}")
         return results[0] if results else None
 
-    def map(self, first, n):
-        for page in range(first, first + n):
+    def map(self, places):
+        for page in places:
             if not self.spare:
                 self.spare.append(self.call("cuMemCreate", self.page_bytes, self.prop, 0))
             start = self.base + page * self.page_bytes
             self.call("cuMemMap", start, self.page_bytes, 0, self.spare[-1], 0)
             self.pieces[page] = self.spare.pop()
-        start = self.base + first * self.page_bytes
-        self.call("cuMemSetAccess", start, n * self.page_bytes, [self.access], 1)
+            self.call("cuMemSetAccess", start, self.page_bytes, [self.access], 1)
 
-    def unmap(self, first, n):
+    def unmap(self, places):
         torch.cuda.synchronize()  # The driver does not wait for what may still read them.
-        for page in range(first, first + n):
+        for page in places:
             self.call("cuMemUnmap", self.base + page * self.page_bytes, self.page_bytes)
             self.spare.append(self.pieces.pop(page))

@@ -1466,20 +1466,22 @@ PAGE = mmap.PAGESIZE
 
 
 @pytest.mark.parametrize("page_kb", [PAGE // 1024, PAGE // 512])
+@pytest.mark.parametrize("layout", ["layer", "token"])
 @pytest.mark.parametrize("tight", [False, True])
-def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, tight):
+def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, layout, tight):
     """Prompts that end just before, at and after a page; tight: hardly room for the longest."""
     page = page_kb * 1024 // BYTES_PER_TOKEN
-    lengths = [page - 1, page, page + 1, 5, 33, 40, 2 * page] * 4
+    step = page * {"layer": 4, "token": 1}[layout]  # Two layers' keys and values.
+    lengths = [page - 1, page, page + 1, 5, 33, 40, step, step + 1] * 6
     texts, limit, options = [text_of(n - 2, seed=n) for n in lengths], 40, []
     if tight:
         monkeypatch.setattr(
-            pages.VirtualCache, "can_admit", lambda self, n: self.pages_for(n) <= left(self)
+            pages.VirtualCache, "can_admit", lambda self, n: self.steps_for(n) <= left(self)
         )
-        n_pages = kvcache.blocks_for(max(lengths) + limit, page) + 1
-        options = ["--kv-gb", n_pages * page_kb * 1024 / 1e9]
+        n_steps = kvcache.blocks_for(max(lengths) + limit, step) + 1
+        options = ["--kv-gb", n_steps * step * BYTES_PER_TOKEN / 1e9]
     result = run(VIRTUAL, tiny, tmp_path, texts, "--max-new-tokens", limit,
-                 "--page-kb", page_kb, *options)  # fmt: skip
+                 "--layout", layout, "--page-kb", page_kb, *options)  # fmt: skip
     plain = {text: plain_generate(tiny, tiny_prompt(text), limit) for text in set(texts)}
     assert answers(result) == [plain[text] for text in texts]
     if tight:
@@ -1488,7 +1490,7 @@ def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, tigh
 
 
 def left(cache):
-    return cache.n_pages - sum(cache.n_needed)
+    return cache.n_steps - sum(cache.n_needed)
 
 
 def test_virtual_calls_attention_as_naive_does():
@@ -1505,8 +1507,8 @@ def resident(cache):
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     flags = (ctypes.c_ubyte * (len(memory) // PAGE))()
     assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(memory)), flags) == 0
-    step = cache.page_bytes // PAGE
-    groups = [list(flags[i : i + step]) for i in range(0, len(flags), step)]
+    size = cache.pages.page_bytes // PAGE
+    groups = [list(flags[i : i + size]) for i in range(0, len(flags), size)]
     assert all(len({flag & 1 for flag in group}) == 1 for group in groups)
     return {i for i, group in enumerate(groups) if group[0] & 1}
 
@@ -1516,17 +1518,19 @@ def resident(cache):
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_what_has_memory(data):
     """After each step: what the kernel says, the budget, and all that the rows hold."""
-    n_pages, size = data.draw(st.integers(3, 12)), PAGE * data.draw(st.sampled_from([1, 2]))
-    shape = (2, 1, 3 * size // 64)  # A token is three quarters of a page.
-    cache = pages.VirtualCache(n_pages, size, 4, 12, shape, torch.float32, "cpu")
+    n_steps, by_token = data.draw(st.integers(3, 12)), data.draw(st.booleans())
+    size = PAGE * data.draw(st.sampled_from([1, 2]))
+    shape = (2, 1, 3 * size // (64 if by_token else 16))  # A token is three quarters of a step.
+    budget = n_steps * size * (1 if by_token else 4)
+    cache = pages.VirtualCache(budget, size, by_token, 4, 12, shape, torch.float32, "cpu")
     held = {}  # Of each row in use the numbers in it, one a token.
     for step in range(20):
         row = data.draw(st.integers(0, 3))
         before = list(cache.n_mapped), list(cache.n_needed)
-        free = n_pages - sum(cache.n_needed)
+        free = left(cache)
         if row not in held:
             n = data.draw(st.integers(1, 12))
-            if len(held) == 4 or cache.pages_for(n) > free:
+            if len(held) == 4 or cache.steps_for(n) > free:
                 continue
             held[row := cache.admit(n)] = []
         elif data.draw(st.booleans()):
@@ -1536,7 +1540,7 @@ def test_what_has_memory(data):
             continue
         else:
             n = data.draw(st.integers(len(held[row]), 12))
-            need = max(0, cache.pages_for(n) - cache.n_needed[row])
+            need = max(0, cache.steps_for(n) - cache.n_needed[row])
             assert cache.grow(row, n) == (need <= free)
             if need > free:
                 assert (cache.n_mapped, cache.n_needed) == before
@@ -1545,12 +1549,15 @@ def test_what_has_memory(data):
             held[row].append(100 * step + token)
             cache.kv[:, :, row, token] = held[row][-1]
         assert resident(cache) == {
-            row * cache.row_pages + i for row in range(4) for i in range(cache.n_mapped[row])
+            (row * cache.pieces + piece) * cache.row_steps + i
+            for row in range(4)
+            for piece in range(cache.pieces)
+            for i in range(cache.n_mapped[row])
         }
-        assert sum(cache.n_mapped) <= n_pages
+        assert sum(cache.n_mapped) <= n_steps
         for row, numbers in held.items():
             assert cache.n_needed[row] <= cache.n_mapped[row]
-            assert cache.pages_for(len(numbers)) <= cache.n_needed[row]
+            assert cache.steps_for(len(numbers)) <= cache.n_needed[row]
             for token, number in enumerate(numbers):
                 assert (cache.kv[:, :, row, token] == number).all()
         assert sorted([*held, *cache.idle]) == [0, 1, 2, 3]
@@ -1558,7 +1565,8 @@ def test_what_has_memory(data):
 
 def test_idle_rows_are_used_again():
     """The row that fits best; others lose their pages before it, the first released at first."""
-    cache = pages.VirtualCache(10, PAGE, 4, 8, (1, 1, PAGE // 8), torch.float32, "cpu")
+    shape = (1, 1, PAGE // 8)
+    cache = pages.VirtualCache(10 * PAGE, PAGE, True, 4, 8, shape, torch.float32, "cpu")
     rows = [cache.admit(n) for n in (1, 4, 2, 1)]  # A token is a page.
     for row in rows:
         cache.release(row)
@@ -1607,27 +1615,27 @@ def test_calls_to_the_cuda_driver(monkeypatch):
     base = buffer.data_ptr()
     assert device.bytes.data_ptr() == base and device.bytes.numel() == buffer.numel()
     calls.clear()
-    device.map(3, 2)
-    a, b = base + 3 * 4096, base + 4 * 4096
+    device.map([3, 5])
+    a, b = base + 3 * 4096, base + 5 * 4096
     create = ("cuMemCreate", 4096, device.prop, 0)
     first, second = (call[4] for call in calls if call[0] == "cuMemMap")
     assert first != second
+    access = [device.access], 1
     assert calls == [
-        create, ("cuMemMap", a, 4096, 0, first, 0),
-        create, ("cuMemMap", b, 4096, 0, second, 0),
-        ("cuMemSetAccess", a, 2 * 4096, [device.access], 1),
+        create, ("cuMemMap", a, 4096, 0, first, 0), ("cuMemSetAccess", a, 4096, *access),
+        create, ("cuMemMap", b, 4096, 0, second, 0), ("cuMemSetAccess", b, 4096, *access),
     ]  # fmt: skip
     calls.clear()
-    device.unmap(4, 1)  # One by one: a mapping cannot be undone in part.
-    device.map(9, 1)
+    device.unmap([5])
+    device.map([9])
     c = base + 9 * 4096
     assert calls == [
         "synchronize", ("cuMemUnmap", b, 4096),
-        ("cuMemMap", c, 4096, 0, second, 0), ("cuMemSetAccess", c, 4096, [device.access], 1),
+        ("cuMemMap", c, 4096, 0, second, 0), ("cuMemSetAccess", c, 4096, *access),
     ]  # fmt: skip
     driver.cuMemUnmap = lambda *args: (2,)
     with pytest.raises(RuntimeError, match="cuMemUnmap"):
-        device.unmap(9, 1)
+        device.unmap([9])
     with pytest.raises(ValueError, match="multiples of 1 KiB"):
         pages.CudaPages(16, 1000, "cpu")
 
@@ -1635,7 +1643,8 @@ def test_calls_to_the_cuda_driver(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
 def test_pages_on_a_card():
     """Map, grow, unmap, use again; numbers stay where they were put."""
-    cache = pages.VirtualCache(6, 2 << 20, 3, 64, (32, 8, 128), torch.float16, "cuda")
+    shape = (32, 8, 128)
+    cache = pages.VirtualCache(12 << 20, 2 << 20, True, 3, 64, shape, torch.float16, "cuda")
     rows = [cache.admit(n) for n in (16, 40)]
     for row, n in zip(rows, (16, 40), strict=True):
         cache.kv[:, :, row, :n] = row + 1
