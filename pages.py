@@ -55,10 +55,10 @@ class VirtualCache:
         return blocks_for(n_tokens * self.token_bytes, self.step_bytes)
 
     def can_admit(self, n_tokens):
-        """Whether there is memory for n_tokens, and for one more of each row."""
-        n_rows = len(self.n_needed) - len(self.idle)
-        need = self.steps_for(n_tokens) + n_rows * self.steps_for(1)
-        return need <= self.n_steps - sum(self.n_needed)
+        """Whether there is memory for n_tokens, and for 16 more of each request."""
+        rows = zip(self.seq_len.tolist(), self.n_needed, strict=True)
+        grown = [max(need, self.steps_for(n + 16)) for n, need in rows if need]
+        return self.steps_for(n_tokens) + sum(grown) <= self.n_steps
 
     def admit(self, n_tokens):
         """Returns the row that fits best: with few pages too many, or else with the most."""

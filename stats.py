@@ -27,7 +27,7 @@ TIERS = """
 Blocks found       {shared:,.0f} in HBM ({hits:.1%}), {fetched:,.0f} in DRAM
 Blocks moved       {up:.2f} GB fetched{link}; {spilled:,} to DRAM ({down:.2f} GB)
 Blocks dropped     {dropped:,} for good
-First token        {first:.2f} s in first turns, {later:.2f} s in later ones (medians)"""
+First token        {first} s in first turns, {later} s in later ones (medians)"""
 
 
 class Stats:
@@ -119,10 +119,8 @@ class Stats:
             print(f"\n[{i + 1}] {' '.join(texts[i].split())[:95]}\n", *lines, sep="\n")
         if tiers := self.tiers:
             down, up = (tiers[way] * tiers["block_bytes"] / 1e9 for way in ("spilled", "fetched"))
-            first, later = (
-                median([s for s in tiers[turns] if s is not None] or [0])
-                for turns in ("first_token_s", "later_first_token_s")
-            )
+            waits = ([s for s in tiers[t] if s] for t in ("first_token_s", "later_first_token_s"))
+            first, later = (f"{median(seconds):.2f}" if seconds else "-" for seconds in waits)
             link = f", at most {args.link_gbs:g} GB/s (--link-gbs)" if args.link_gbs else ""
             hits = tiers["shared"] / (tiers["shared"] + tiers["fetched"] or 1)
             more = {"down": down, "up": up, "first": first, "later": later}

@@ -309,13 +309,13 @@ def print_tables(result):
         print(f"{case['policy']:18}{case['window'] or '-':>7}{first}{behind}")
     if result.get("needle"):
         print("\nNeedles found; blocks wanted that HBM had; GB moved a prompt")
-        print("tokens   HBM  policy          found    hits      GB")
+        print("tokens   HBM  policy         found       hits      GB")
     order = {"full": 0, "sink + window": 1, "retrieval": 2}
     for case in sorted(result.get("needle", []), key=lambda c: (c["tokens"], order[c["policy"]])):
         more = f"{case['hit_rate']:8.1%}{case['gb_moved']:8.2f}" if "hit_rate" in case else ""
-        share = f"1/{case['share']}"
+        share, found = f"1/{case['share']}", case["found"]
         print(f"{case['tokens']:6,}{share:>6}  {case['policy']:14}"
-              f"{statistics.mean(case['found']):7.0%}{more}")  # fmt: skip
+              f"{sum(found):3} of {len(found):2}{more}")  # fmt: skip
 
 
 def draw(result, path):
@@ -329,10 +329,8 @@ def draw(result, path):
     (top_left, top_right), (left, right) = axes
     styles = {
         "full": ("#222222", "-", "s"),
-        "window": ("#b9c2cb", ":", "v"),
-        "1 sink + window": ("#97a2ad", "-.", "<"),
+        "window": ("#a9b4c0", ":", "v"),
         "4 sinks + window": ("#7d8894", "--", "^"),
-        "16 sinks + window": ("#5c6670", "--", ">"),
         "sink + window": ("#7d8894", "--", "^"),
         "retrieval": ("#1f5fa8", "-", "o"),
     }
@@ -342,11 +340,10 @@ def draw(result, path):
         axis.plot(xs, ys, style, marker=marker, color=color, label=name, markersize=4)
 
     for case in result["perplexity"]:
-        if case["window"] in (None, 512):
-            whole = case["nats"]
-            xs = [BUCKET * (i + 1) for i in range(len(whole))]
-            line(top_left, case["policy"], xs, [math.exp(nats) for nats in whole])
-    top_left.axvline(CONTEXT, color="#444444", linewidth=0.8)
+        if case["window"] in (None, 512) and case["policy"] in styles:
+            xs = [BUCKET * (i + 1) for i in range(len(case["nats"]))]
+            line(top_left, case["policy"], xs, [math.exp(nats) for nats in case["nats"]])
+    top_left.axvline(CONTEXT, color="#444444", linewidth=0.8)  # The model's context ends.
     top_left.set(xlabel="tokens read", ylabel="perplexity", yscale="log", title="Window of 512")
     both = ("sink + window", "retrieval")
     for name in both:
@@ -354,6 +351,7 @@ def draw(result, path):
         line(top_right, name, [1 / c["share"] for c in cases], [c["kl"] for c in cases])
     top_right.set(xlabel="share of 4,096 tokens in HBM", ylabel="KL divergence, nats")
     top_right.set(title="Next token against full attention", xscale="log", yscale="log")
+    top_right.set_xticks([1 / s for s in SHARES], [f"1/{s}" for s in SHARES])
     lengths = sorted({case["tokens"] for case in result["needle"]})
     for name, share in (("full", 1), ("sink + window", 4), ("retrieval", 4), ("retrieval", 8)):
         cases = [c for c in result["needle"] if (c["policy"], c["share"]) == (name, share)]
@@ -369,6 +367,10 @@ def draw(result, path):
         line(right, name, [c["context"] for c in cases], [c["ms"] for c in cases])
     right.set(xlabel="tokens of context", ylabel="milliseconds", xscale="log", yscale="log")
     right.set(title="A decode step, HBM for 1,024 tokens")
+    right.set_xticks(xs := [c["context"] for c in cases], [f"{n // 1024}k" for n in xs])
+    right.set_yticks(ms := [25, 50, 100, 200, 400, 800], ms)
+    for axis in (top_right, right):
+        axis.minorticks_off()
     for axis in axes.flat:
         axis.legend(frameon=False, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -2,11 +2,11 @@
 
     python bench/virtual.py                    all of it, two minutes on two cores
 
-map      microseconds to map and to unmap a page, for pages of 4 KiB and of 2 MiB
+map      microseconds to map and to unmap a page, 60 at a time, of 4 KiB and of 2 MiB
 layout   tokens that a page of 2 MiB holds, and by how much a request grows, if a row has all layers
          of a token side by side (ours) and if each layer's keys and values are a tensor of their
          own (vAttention)
-decode   a decode step of llama3-virtual.py over one of llama3-naive.py, both with the same rows
+decode   a decode step of llama3-virtual.py, in both layouts, against one of llama3-naive.py
 share    of the time of `llama3-virtual.py 49`, what its manager takes, mapping included
 """
 
@@ -29,16 +29,16 @@ MODELS = {"SmolLM2-135M": (30, 3, 64), "Llama-3-8B": (32, 8, 128)}  # Layers, K 
 
 
 def mapping(page_kb, device, n=4096):
-    """Microseconds to map and to unmap a page; the memory of n KiB * 1024 is used at most."""
-    n = max(16, n * 4 // page_kb)
+    """Microseconds to map and to unmap a page, of n pages of 4 KiB, or fewer that are larger."""
+    n = max(60, n * 4 // page_kb // 60 * 60)
     size = (n, page_kb * 1024)
     pages = CudaPages(*size, device) if device == "cuda" else HostPages(*size)
     seconds = {"map": [], "unmap": []}
     for _ in range(5):
         for name in seconds:
             start = time.perf_counter()
-            for page in range(n):
-                getattr(pages, name)([page])
+            for first in range(0, n, 60):
+                getattr(pages, name)(list(range(first, first + 60)))
             seconds[name].append(time.perf_counter() - start)
     return {name: 1e6 * statistics.median(values) / n for name, values in seconds.items()}
 
@@ -47,28 +47,28 @@ def layout(shape, page=2 << 20, itemsize=2):
     """Tokens a page and bytes that a request grows by, in both layouts."""
     L, Hkv, D = shape
     return {
-        "ours": {"tokens": page / (2 * L * Hkv * D * itemsize), "step_bytes": page},
-        "a tensor per layer": {"tokens": page / (Hkv * D * itemsize), "step_bytes": 2 * L * page},
+        "by token": {"tokens": page / (2 * L * Hkv * D * itemsize), "step_bytes": page},
+        "by layer": {"tokens": page / (Hkv * D * itemsize), "step_bytes": 2 * L * page},
     }
 
 
 def decode(batch, context, rounds):
-    """Seconds of a decode step of the naive and of the virtual script, taken in turn."""
+    """Seconds of a decode step of the naive script, and of the virtual one's layouts, in turn."""
     naive, virtual = (load_script(f"llama3-{name}") for name in ("naive", "virtual"))
     args = naive.parser.parse_args(["1"])
     model, _, _ = naive.load(args)
     params, dtype = model[0], getattr(torch, args.dtype)
     shape = params["n_layers"], params["n_kv_heads"], params["dim"] // params["n_heads"]
     slots = context + rounds + 1
-    caches = {
-        "naive": torch.zeros(2, shape[0], batch, slots, *shape[1:], dtype=dtype, device=args.device)
-    }
-    page, by_token = (2 << 20, True) if args.device == "cuda" else (mmap.PAGESIZE, False)
-    place = (batch, slots, shape, dtype, args.device)
-    rows = virtual.VirtualCache(1 << 33, page, by_token, *place)
-    for _ in range(batch):
-        rows.admit(context)
-    caches["virtual"] = rows.kv
+    naive_kv = torch.zeros(2, shape[0], batch, slots, *shape[1:], dtype=dtype, device=args.device)
+    caches, virtuals = {"naive": naive_kv}, {}
+    page = (2 << 20) if args.device == "cuda" else mmap.PAGESIZE
+    for name in ("layer", "token"):
+        place = (name == "token", batch, slots, shape, dtype, args.device)
+        virtuals[name] = cache = virtual.VirtualCache(1 << 33, page, *place)
+        for _ in range(batch):
+            cache.admit(context)
+        caches[name] = cache.kv
     for kv in caches.values():
         kv[:, :, :, :context] = torch.randn_like(kv[:, :1, :1, :context])
     seconds = {name: [] for name in caches}
@@ -84,9 +84,8 @@ def decode(batch, context, rounds):
 
             start = time.perf_counter()
             logits = naive.forward(model, [[step + 1]] * batch, seq_len, attend)
-            if name == "virtual":
-                for row in range(batch):
-                    rows.grow(row, context + step + 2)
+            for row in range(batch if name in virtuals else 0):
+                virtuals[name].grow(row, context + step + 2)
             naive.choose(logits, 0)
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values[2:]) for name, values in seconds.items()}
@@ -112,11 +111,13 @@ def print_tables(result):
     for model, layouts in result["layout"].items():
         for name, case in layouts.items():
             print(f"{model:14} {name:20}{case['tokens']:20.1f}{case['step_bytes'] >> 20:17} MiB")
-    print("\nrows   context   naive ms   virtual ms   naive / virtual")
+    print("\nA decode step: ms, and the speed over naive's")
+    print("rows   context   naive   virtual, by layer   virtual, by token")
     for case in result["decode"]:
-        naive, virtual = case["naive"] * 1000, case["virtual"] * 1000
-        row = f"{case['batch']:4}{case['context']:10,}{naive:11.1f}{virtual:13.1f}"
-        print(f"{row}{naive / virtual:18.2f}")
+        row = f"{case['batch']:4}{case['context']:10,}{case['naive'] * 1000:8.1f}"
+        for name in ("layer", "token"):
+            row += f"{case[name] * 1000:14.1f}{case['naive'] / case[name]:6.2f}"
+        print(row)
     case = result["share"]
     print(f"\nllama3-virtual.py 49: the manager took {case['share']:.2%} of the time.")
 
