@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, read_turns
 from kernels import flash_attn_with_kvcache, linear
-from kvcache import TieredCache, blocks_for
+from kvcache import TieredCache
 from stats import Stats
 from window import RetrievalCache, WindowCache, plan
 
@@ -128,9 +128,9 @@ add("--block-size", metavar="TOKENS", type=at_least(1), help="(16; flash-attn: 2
 add("--dram-gb", metavar="GB", type=at_least(0, float), default=4.0, help="blocks in DRAM (4)")
 add("--turns", metavar="T", type=at_least(1), default=1, help="human turns of a conversation (1)")
 add("--link-gbs", metavar="X", type=at_least(0.001, float), help="on a CPU: copy like a slow link")
-add("--window", metavar="LEN", type=at_least(1), help="keep the last LEN tokens, of any number")
-add("--sink", metavar="LEN", type=at_least(0), default=0, help="with --window: the first LEN, too")
-add("--top-k", metavar="LEN", type=at_least(0), default=0, help="with --window: LEN out of DRAM")
+add("--window", metavar="LEN", type=at_least(1), help="keep only the last LEN tokens")
+add("--sink", metavar="LEN", type=at_least(0), default=0, help="and the first LEN tokens")
+add("--top-k", metavar="LEN", type=at_least(0), default=0, help="and LEN of the others, from DRAM")
 add("--ignore-stop", action="store_true", help="an answer ends at its limit only")
 
 
@@ -199,8 +199,8 @@ def make_cache(args, params, stats, longest):
     room, n_dram = stats.budget // block_bytes, int(args.dram_gb * 1e9) // block_bytes
     window = args.window or longest
     chunk = min(512, window)  # New tokens of a row in a step: into a window, texts come in chunks.
-    most, sink, far, top_k = plan(longest - 1, args.sink, window, chunk, args.top_k, size)
-    if (need := blocks_for(most, size) + top_k) > room:
+    need, most, sink, far, top_k = plan(longest - 1, args.sink, window, chunk, args.top_k, size)
+    if need > room:
         sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
     if top_k and far > n_dram:
         sys.exit(f"A request may need {far} blocks in DRAM, --dram-gb has room for {n_dram}.")
@@ -217,15 +217,14 @@ def make_cache(args, params, stats, longest):
 @torch.inference_mode()
 def main(argv=None):
     args = arguments(argv)
-    if (args.sink or args.top_k) and not args.window:
-        parser.error("--sink and --top-k need a --window")
-    if args.window:
-        args.max_seq_len = 10**9
+    if args.link_gbs if args.window else args.sink or args.top_k:
+        parser.error("--sink and --top-k need a --window, --link-gbs takes none")
+    endless = args.window and not args.top_k  # With top-k, keys keep their positions.
+    args.max_seq_len = 10**9 if endless else args.max_seq_len
     model, encoding, chat = load(args)
     turns = read_turns(args, encoding, chat, args.turns)
     longest = min(args.max_seq_len, max(turn.longest(args) for turn in turns))
-    if args.window:
-        args.max_seq_len = longest
+    args.max_seq_len = longest if endless else args.max_seq_len
     stats = Stats(args, model[0])
     cache = make_cache(args, model[0], stats, longest)
     stop = set() if args.ignore_stop else {chat["special_tokens"][name] for name in chat["stop"]}

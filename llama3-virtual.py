@@ -5,7 +5,7 @@
 
 Each request has a row of max_seq_len slots, as in llama3-naive.py, but of addresses only: the
 operating system, or the CUDA driver, puts memory behind them where tokens are (vAttention). The
-attention call is llama3-naive.py's. Pages are not shared: a system prompt fills none of its own.
+attention call is llama3-naive.py's. Pages are not shared: what all prompts begin with is short.
 
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """
@@ -158,7 +158,7 @@ def generate(model, cache, tokens, limits, stop, args, stats):
         with stats.clock(phase):
             logits = forward(model, new, seq_len, attend)
         with stats.clock("manager"):
-            for row in running:  # While a GPU computes: pages for the token after the next.
+            for row in running:  # While a GPU computes: pages for the token that it chooses.
                 cache.grow(row, seq_len[row].item() + len(new[row]) + 1)
         with stats.clock(phase):
             chosen = choose(logits, args.temperature)
@@ -186,8 +186,8 @@ def main(argv=None):
     rows = (args.n, args.max_seq_len, stats.shape, stats.dtype, args.device)
     with or_exit(f"{args.n} rows of {args.max_seq_len} slots in virtual memory cannot be had"):
         cache = VirtualCache(stats.budget, page_bytes, by_token, *rows)
-    if (need := cache.steps_for(max(limits) - 1)) > cache.n_steps:
-        size = f"{need * cache.step_bytes / 1e9:.4f} GB"
+    if (need := cache.groups_for(max(limits) - 1)) > cache.n_groups:
+        size = f"{need * cache.group_bytes / 1e9:.4f} GB"
         sys.exit(f"A request may need {size} in pages, --kv-gb has {stats.budget / 1e9:.4f} GB.")
     stop = {chat["special_tokens"][name] for name in chat["stop"]}
     tokens = [list(prompt) for prompt in prompts]

@@ -7,6 +7,7 @@ memory is decided outside of it, by calls to the operating system or, on a GPU, 
 import math
 import mmap
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -16,14 +17,14 @@ from kvcache import blocks_for
 
 
 class VirtualCache:
-    """Rows of max_seq_len slots, of which the first have memory: n_mapped[row] steps of pages.
+    """Rows of max_seq_len slots, of which the first have memory: n_mapped[row] groups of pages.
 
-    A request needs the first n_needed[row] steps of its row. What is mapped besides stays, for the
+    A request needs the first n_needed[row] groups of its row. What is mapped besides stays, for the
     row to grow into or for its next request, until another row needs the memory: deferred
     reclamation. (vAttention, Prabhu et al. 2024.)
 
-    by_token: all keys and values of a token lie side by side, and a step is one page. If not, each
-    layer's keys and values are a piece by themselves, and a step is a page of each of these 2 L.
+    by_token: all keys and values of a token lie side by side, and a group is one page. If not, each
+    layer's keys and values are a piece by themselves, and a group is a page of each of these 2 L.
     """
 
     def __init__(self, budget, page_bytes, by_token, max_rows, max_seq_len, shape, dtype, device):
@@ -33,11 +34,12 @@ class VirtualCache:
         """
         L, Hkv, D = shape
         self.pieces = 1 if by_token else 2 * L
-        self.step_bytes = self.pieces * page_bytes
+        self.group_bytes = self.pieces * page_bytes
         self.token_bytes = 2 * L * Hkv * D * dtype.itemsize
-        self.n_steps, self.row_steps = budget // self.step_bytes, self.steps_for(max_seq_len)
-        size = (max_rows * self.pieces * self.row_steps, page_bytes)
-        self.pages = CudaPages(*size, device) if device == "cuda" else HostPages(*size)
+        self.n_groups, self.row_groups = budget // self.group_bytes, self.groups_for(max_seq_len)
+        size = (max_rows * self.pieces * self.row_groups, page_bytes)
+        most = self.n_groups * self.pieces
+        self.pages = CudaPages(*size, most) if device == "cuda" else HostPages(*size)
         pieces = self.pages.bytes.view(dtype).view(max_rows, self.pieces, -1)
         slots = (max_seq_len, L, 2, Hkv, D) if by_token else (max_seq_len, Hkv, D)
         pieces = pieces[:, :, : math.prod(slots)].unflatten(2, slots)
@@ -50,19 +52,19 @@ class VirtualCache:
         self.idle = list(range(max_rows))  # Rows without a request, first those idle for longest.
         self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored.
 
-    def steps_for(self, n_tokens):
-        """How many steps of pages hold n_tokens."""
-        return blocks_for(n_tokens * self.token_bytes, self.step_bytes)
+    def groups_for(self, n_tokens):
+        """How many groups of pages hold n_tokens."""
+        return blocks_for(n_tokens * self.token_bytes, self.group_bytes)
 
     def can_admit(self, n_tokens):
         """Whether there is memory for n_tokens, and for 16 more of each request."""
         rows = zip(self.seq_len.tolist(), self.n_needed, strict=True)
-        grown = [max(need, self.steps_for(n + 16)) for n, need in rows if need]
-        return self.steps_for(n_tokens) + sum(grown) <= self.n_steps
+        grown = [max(need, self.groups_for(n + 16)) for n, need in rows if need]
+        return self.groups_for(n_tokens) + sum(grown) <= self.n_groups
 
     def admit(self, n_tokens):
         """Returns the row that fits best: with few pages too many, or else with the most."""
-        spare = {row: self.n_mapped[row] - self.steps_for(n_tokens) for row in self.idle}
+        spare = {row: self.n_mapped[row] - self.groups_for(n_tokens) for row in self.idle}
         row = min(self.idle, key=lambda row: (spare[row] < 0, abs(spare[row])))
         self.idle.remove(row)
         self.seq_len[row] = 0
@@ -71,18 +73,18 @@ class VirtualCache:
 
     def grow(self, row, n_tokens):
         """See to it that n_tokens of the row have memory; False, and no change, if none is left."""
-        need = max(self.steps_for(n_tokens), self.n_needed[row])
-        if need - self.n_needed[row] > self.n_steps - sum(self.n_needed):
+        need = max(self.groups_for(n_tokens), self.n_needed[row])
+        if need - self.n_needed[row] > self.n_groups - sum(self.n_needed):
             return False
         self.n_needed[row] = need
         if (more := need - self.n_mapped[row]) > 0:
-            self.reclaim(sum(self.n_mapped) + more - self.n_steps)
+            self.reclaim(sum(self.n_mapped) + more - self.n_groups)
             self.pages.map(self.places(row, self.n_mapped[row], need))
             self.n_mapped[row] = need
         return True
 
     def reclaim(self, n):
-        """Unmap n steps that no request needs, of idle rows before others."""
+        """Unmap n groups that no request needs, of idle rows before others."""
         for row in (*self.idle, *range(len(self.n_needed))):
             if (some := min(n, self.n_mapped[row] - self.n_needed[row])) > 0:
                 self.n_mapped[row] -= some
@@ -91,9 +93,9 @@ class VirtualCache:
                 n -= some
 
     def places(self, row, first, end):
-        """The pages of a row's steps first .. end - 1."""
+        """The pages of a row's groups first .. end - 1."""
         pieces = range(row * self.pieces, (row + 1) * self.pieces)
-        return [piece * self.row_steps + i for piece in pieces for i in range(first, end)]
+        return [piece * self.row_groups + i for piece in pieces for i in range(first, end)]
 
     def release(self, row):
         """The row's request has ended or is preempted."""
@@ -103,7 +105,7 @@ class VirtualCache:
     def usage(self):
         """Slots that the pages of all requests would have room for, and slots that hold a token."""
         used = sum(n for n, need in zip(self.seq_len.tolist(), self.n_needed, strict=True) if need)
-        return sum(self.n_needed) * self.step_bytes / self.token_bytes, used
+        return sum(self.n_needed) * self.group_bytes / self.token_bytes, used
 
 
 # --- Pages ----------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ class HostPages:
             self.let_go = mmap.MADV_DONTNEED
         self.page_bytes = page_bytes
         self.memory = mmap.mmap(-1, n_pages * page_bytes, flags=flags)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Nor may Linux put 2 MiB where one page is asked for.
+        with suppress(AttributeError, OSError):  # Where Linux would put 2 MiB behind one page.
             self.memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
 
@@ -141,28 +143,31 @@ class HostPages:
 
 
 class CudaPages:
-    """The same on a GPU. Pieces of memory the size of a page, once made, move from page to page."""
+    """The same on a GPU, with memory in pieces the size of a page, which move from page to page."""
 
-    def __init__(self, n_pages, page_bytes, device):
+    def __init__(self, n_pages, page_bytes, most, device=None):
+        """Addresses for n_pages and memory for `most`, which is taken now, so that it is there."""
         from cuda.bindings import driver
 
-        torch.cuda.current_stream().synchronize()  # There is a context after this.
-        self.driver, self.page_bytes, self.spare, self.pieces = driver, page_bytes, [], {}
+        device = device or torch.device("cuda", torch.cuda.current_device())
+        self.driver, self.page_bytes = driver, page_bytes
         self.prop, self.access = driver.CUmemAllocationProp(), driver.CUmemAccessDesc()
         self.prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         self.prop.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        self.prop.location.id = torch.device(device).index or 0
+        self.prop.location.id = device.index or 0
         self.access.location = self.prop.location
         self.access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+        torch.empty(1, device=device)  # There is a context after this.
         least = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         unit = self.call("cuMemGetAllocationGranularity", self.prop, least)
         if page_bytes % unit:
             raise ValueError(f"pages are multiples of {unit // 1024} KiB here")
         size = n_pages * page_bytes
         self.base = int(self.call("cuMemAddressReserve", size, 0, 0, 0))
-        place = torch.device(device), size
-        storage = torch._C._construct_storage_from_data_pointer(self.base, *place)
+        storage = torch._C._construct_storage_from_data_pointer(self.base, device, size)
         self.bytes = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+        self.unused = [self.call("cuMemCreate", page_bytes, self.prop, 0) for _ in range(most)]
+        self.handles = {}  # Those in use, by page.
 
     def call(self, name, *args):
         """A function of the driver. Raises RuntimeError with its result code if that is not 0."""
@@ -173,15 +178,13 @@ class CudaPages:
 
     def map(self, places):
         for page in places:
-            if not self.spare:
-                self.spare.append(self.call("cuMemCreate", self.page_bytes, self.prop, 0))
+            self.handles[page] = handle = self.unused.pop()
             start = self.base + page * self.page_bytes
-            self.call("cuMemMap", start, self.page_bytes, 0, self.spare[-1], 0)
-            self.pieces[page] = self.spare.pop()
+            self.call("cuMemMap", start, self.page_bytes, 0, handle, 0)
             self.call("cuMemSetAccess", start, self.page_bytes, [self.access], 1)
 
     def unmap(self, places):
         torch.cuda.synchronize()  # The driver does not wait for what may still read them.
         for page in places:
             self.call("cuMemUnmap", self.base + page * self.page_bytes, self.page_bytes)
-            self.spare.append(self.pieces.pop(page))
+            self.unused.append(self.handles.pop(page))

@@ -1476,7 +1476,7 @@ def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, layo
     texts, limit, options = [text_of(n - 2, seed=n) for n in lengths], 40, []
     if tight:
         monkeypatch.setattr(
-            pages.VirtualCache, "can_admit", lambda self, n: self.steps_for(n) <= left(self)
+            pages.VirtualCache, "can_admit", lambda self, n: self.groups_for(n) <= left(self)
         )
         n_steps = kvcache.blocks_for(max(lengths) + limit, step) + 1
         options = ["--kv-gb", n_steps * step * BYTES_PER_TOKEN / 1e9]
@@ -1490,7 +1490,7 @@ def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, layo
 
 
 def left(cache):
-    return cache.n_steps - sum(cache.n_needed)
+    return cache.n_groups - sum(cache.n_needed)
 
 
 def test_virtual_calls_attention_as_naive_does():
@@ -1530,7 +1530,7 @@ def test_what_has_memory(data):
         free = left(cache)
         if row not in held:
             n = data.draw(st.integers(1, 12))
-            if len(held) == 4 or cache.steps_for(n) > free:
+            if len(held) == 4 or cache.groups_for(n) > free:
                 continue
             held[row := cache.admit(n)] = []
         elif data.draw(st.booleans()):
@@ -1540,7 +1540,7 @@ def test_what_has_memory(data):
             continue
         else:
             n = data.draw(st.integers(len(held[row]), 12))
-            need = max(0, cache.steps_for(n) - cache.n_needed[row])
+            need = max(0, cache.groups_for(n) - cache.n_needed[row])
             assert cache.grow(row, n) == (need <= free)
             if need > free:
                 assert (cache.n_mapped, cache.n_needed) == before
@@ -1549,7 +1549,7 @@ def test_what_has_memory(data):
             held[row].append(100 * step + token)
             cache.kv[:, :, row, token] = held[row][-1]
         assert resident(cache) == {
-            (row * cache.pieces + piece) * cache.row_steps + i
+            (row * cache.pieces + piece) * cache.row_groups + i
             for row in range(4)
             for piece in range(cache.pieces)
             for i in range(cache.n_mapped[row])
@@ -1557,7 +1557,7 @@ def test_what_has_memory(data):
         assert sum(cache.n_mapped) <= n_steps
         for row, numbers in held.items():
             assert cache.n_needed[row] <= cache.n_mapped[row]
-            assert cache.steps_for(len(numbers)) <= cache.n_needed[row]
+            assert cache.groups_for(len(numbers)) <= cache.n_needed[row]
             for token, number in enumerate(numbers):
                 assert (cache.kv[:, :, row, token] == number).all()
         assert sorted([*held, *cache.idle]) == [0, 1, 2, 3]
@@ -1607,23 +1607,22 @@ def test_calls_to_the_cuda_driver(monkeypatch):
         setattr(driver, f"cuMem{name}", function(f"cuMem{name}"))
     monkeypatch.setitem(sys.modules, "cuda", mock.MagicMock())
     monkeypatch.setitem(sys.modules, "cuda.bindings", mock.MagicMock(driver=driver))
-    monkeypatch.setattr(torch.cuda, "current_stream", mock.MagicMock())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
-    device = pages.CudaPages(16, 4096, "cpu")
-    assert [call[0] for call in calls] == ["cuMemGetAllocationGranularity", "cuMemAddressReserve"]
+    device = pages.CudaPages(16, 4096, 2, torch.device("cpu"))
+    create = ("cuMemCreate", 4096, device.prop, 0)
+    assert calls[0][0] == "cuMemGetAllocationGranularity" and calls[2:] == [create] * 2
     assert calls[1] == ("cuMemAddressReserve", 16 * 4096, 0, 0, 0)
     base = buffer.data_ptr()
     assert device.bytes.data_ptr() == base and device.bytes.numel() == buffer.numel()
     calls.clear()
     device.map([3, 5])
     a, b = base + 3 * 4096, base + 5 * 4096
-    create = ("cuMemCreate", 4096, device.prop, 0)
     first, second = (call[4] for call in calls if call[0] == "cuMemMap")
     assert first != second
     access = [device.access], 1
     assert calls == [
-        create, ("cuMemMap", a, 4096, 0, first, 0), ("cuMemSetAccess", a, 4096, *access),
-        create, ("cuMemMap", b, 4096, 0, second, 0), ("cuMemSetAccess", b, 4096, *access),
+        ("cuMemMap", a, 4096, 0, first, 0), ("cuMemSetAccess", a, 4096, *access),
+        ("cuMemMap", b, 4096, 0, second, 0), ("cuMemSetAccess", b, 4096, *access),
     ]  # fmt: skip
     calls.clear()
     device.unmap([5])
@@ -1637,7 +1636,7 @@ def test_calls_to_the_cuda_driver(monkeypatch):
     with pytest.raises(RuntimeError, match="cuMemUnmap"):
         device.unmap([9])
     with pytest.raises(ValueError, match="multiples of 1 KiB"):
-        pages.CudaPages(16, 1000, "cpu")
+        pages.CudaPages(16, 1000, 2, torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
@@ -1691,6 +1690,7 @@ TIERED_MISTAKES = {
     "no turns": ["2", "--turns", "0"],
     "a link that stands still": ["2", "--link-gbs", "0"],
     "no window": ["2", "--window", "0"],
+    "a link beside a window": ["2", "--window", "64", "--link-gbs", "1"],
     "a sink without a window": ["2", "--sink", "4"],
     "retrieval without a window": ["2", "--top-k", "64"],
     "a negative sink": ["2", "--window", "64", "--sink", "-1"],

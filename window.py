@@ -19,12 +19,15 @@ from kvcache import BlockPool, PagedCache, blocks_for
 def plan(longest, sink, window, chunk, top_k, block_size):
     """What a row that comes to `longest` tokens needs, all given in tokens. Returns
 
+    - blocks in HBM, with room for those that come back and for the bounds of all that left,
     - tokens that it holds in HBM at a time, without those that come back,
     - blocks of its sink, blocks that may leave its window, and how many of these come back.
     """
-    most = min(longest, sink + window + chunk + 3 * block_size)
-    far = blocks_for(max(0, longest - window), block_size)
-    return most, blocks_for(sink, block_size), far, min(far, blocks_for(top_k, block_size))
+    most, sink = min(longest, sink + window + chunk + 3 * block_size), blocks_for(sink, block_size)
+    far = max(0, blocks_for(max(0, longest - window), block_size) - sink)
+    top_k = min(far, blocks_for(top_k, block_size))
+    bounds = blocks_for(far, block_size) if top_k else 0  # A block's are as long as a token.
+    return blocks_for(most, block_size) + top_k + bounds, most, sink, far, top_k
 
 
 class WindowCache(PagedCache):
@@ -44,13 +47,18 @@ class WindowCache(PagedCache):
         """
         super().__init__(*others)
         self.sink, self.window, self.chunk = sink, window, chunk
+        self.row_blocks = self.block_table.shape[1]  # The most that a row may need.
         self.rotations = rotations
         self.sink_keys = []  # Each row's, as they were stored: rotated from there, nothing drifts.
         self.counts = Counter(shared=0, fetched=0, spilled=0, dropped=0)  # Blocks.
 
     def can_admit(self, tokens):
         """Whether one more row can have all the blocks it may need: no row is ever preempted."""
-        return (self.n_rows + 1) * self.block_table.shape[1] <= len(self.pool.ref_count)
+        return (self.n_rows + 1) * self.row_blocks <= len(self.pool.ref_count)
+
+    def usage(self):
+        """Slots set aside for the rows, and slots that hold a token."""
+        return self.n_rows * self.row_blocks * self.block_size, super().usage()[1]
 
     def admit(self, tokens):
         """Add an empty row. Returns how many tokens are stored: none, rows share nothing here."""
@@ -101,9 +109,9 @@ def bounds_of(keys):
 def estimates(q, bounds, slack=1.0):
     """Scores (Hkv, T, n) of queries (Hkv, T, D) with blocks whose bounds are (Hkv, n, 2 D).
 
-    Of a key in the middle between the bounds, moved towards those that suit the query, in each
-    dimension: by slack=1 all the way, which no key of the block can exceed. (Quest, Tang et al.
-    2024, section 3.3)
+    The score with a key that need not exist: in each dimension midway between the bounds, and from
+    there moved by slack, as a share of the way, to the bound that scores higher. With slack=1 no
+    key of the block scores higher (Quest, Tang et al. 2024, section 3.3).
     """
     move = slack * q.abs()
     ends = torch.cat([q + move, q - move], 2) / 2  # (Hkv, T, 2 D)
@@ -127,7 +135,7 @@ class RetrievalCache(WindowCache):
 
     In each step and layer, the blocks to which the new queries may attend most come back into
     slots of the row's own; what was chosen before and is there still need not be copied. Keys keep
-    their positions, so that with room for all blocks this is full attention. (DRAM Attention)
+    their positions, so that with room for all blocks this is full attention.
     """
 
     slack = 0.25  # See estimates.
@@ -136,14 +144,14 @@ class RetrievalCache(WindowCache):
         """In blocks: in DRAM, those that come back, and the most of a row that leave its window."""
         super().__init__(*others)
         self.top_k, self.n_far = top_k, n_far
+        self.row_blocks += top_k + blocks_for(n_far, self.block_size)  # Slots and bounds.
         self.dram_pool, self.away = BlockPool(n_dram), []
         size = (n_dram, *self.kv[:, :, 0].shape)
-        self.dram = zeros(size, self.kv.dtype, "cpu", pinned=self.kv.is_cuda)
+        self.dram = zeros(size, self.kv.dtype, "cpu")
 
     def can_admit(self, tokens):
-        most = self.block_table.shape[1] + self.top_k
-        room = len(self.pool.ref_count), len(self.dram_pool.ref_count)
-        return (self.n_rows + 1) * most <= room[0] and (self.n_rows + 1) * self.n_far <= room[1]
+        n_dram = len(self.dram_pool.ref_count)
+        return super().can_admit(tokens) and (self.n_rows + 1) * self.n_far <= n_dram
 
     def admit(self, tokens):
         self.away.append(Away(self))
@@ -186,7 +194,7 @@ class RetrievalCache(WindowCache):
         if absent:
             blocks = self.dram[[away.dram[number] for number in absent], layer].transpose(0, 1)
             self.kv[layer][:, [held[number] for number in absent]] = blocks.to(self.kv.device)
-        L = len(self.kv)  # Counted in blocks of all layers.
+        L = len(self.kv)  # Counted in blocks of all layers; shared: hits, fetched: misses.
         self.counts["fetched"] += len(absent) / L
         self.counts["shared"] += (len(numbers) - len(absent)) / L
         return [held[number] for number in numbers]

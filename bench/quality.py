@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from common import RESULTS, load_script, save
 
+import kernels
 from kvcache import blocks_for
 from window import RetrievalCache, WindowCache, bounds_of, estimates, plan
 
@@ -44,6 +45,7 @@ class Bench:
     """The model, and one text at a time that goes through it under a policy."""
 
     def __init__(self):
+        kernels.flash_attn_kernel = None  # It does not take blocks of 16 tokens and fewer.
         self.script = load_script("llama3-tiered")
         # The logits of all tokens, not only of the last of each row.
         self.script.accumulate = lambda lengths: range(1, sum(lengths) + 1)
@@ -56,9 +58,8 @@ class Bench:
     def cache(self, longest, chunk, window=None, sink=0, top_k=0, block_size=16):
         """Room for a text of `longest` tokens. No window: for all of them."""
         window = window or longest
-        most, sink, far, top_k = plan(longest, sink, window, chunk, top_k, block_size)
+        blocks, most, sink, far, top_k = plan(longest, sink, window, chunk, top_k, block_size)
         policy = (sink, window, chunk, partial(self.script.rotations, self.params))
-        blocks = blocks_for(most, block_size) + top_k
         paged = (blocks, block_size, 1, most, self.shape, self.dtype, self.device)
         if top_k:
             cache = RetrievalCache(far, top_k, far, *policy, *paged)
@@ -171,7 +172,7 @@ class Bench:
                 query = q[t].view(Hkv, H // Hkv, -1).float() * q.shape[-1] ** -0.5
                 weights = (query @ flat.transpose(1, 2)).softmax(2)
                 first = (seen - window) // 16  # The window's first block.
-                kept = torch.zeros(-(-seen // 16), dtype=torch.bool)
+                kept = torch.zeros(-(-seen // 16), dtype=torch.bool, device=q.device)
                 kept[: sink // 16], kept[first:] = True, True
                 if top_k:
                     middle = bounds_of(keys[sink // 16 : first].float()).transpose(0, 1)
@@ -299,7 +300,7 @@ def print_tables(result):
               f"{case['kl']:8.3f}")  # fmt: skip
     if result.get("perplexity"):
         print(f"\nPerplexity of Python's manual: its first {CONTEXT:,} tokens, those behind them")
-        print(f"{'policy':18}{'window':>7}{'first':>8}{'behind':>8}")
+        print(f"{'policy':18}{'HBM':>7}{'first':>8}{'behind':>8}")
     for case in result.get("perplexity", []):
         nats, n = case["nats"], CONTEXT // BUCKET
         first, behind = (
@@ -344,7 +345,12 @@ def draw(result, path):
             xs = [BUCKET * (i + 1) for i in range(len(case["nats"]))]
             line(top_left, case["policy"], xs, [math.exp(nats) for nats in case["nats"]])
     top_left.axvline(CONTEXT, color="#444444", linewidth=0.8)  # The model's context ends.
-    top_left.set(xlabel="tokens read", ylabel="perplexity", yscale="log", title="Window of 512")
+    top_left.set(
+        xlabel="tokens read",
+        ylabel="perplexity",
+        yscale="log",
+        title="Text, HBM for 512 + sink",
+    )
     both = ("sink + window", "retrieval")
     for name in both:
         cases = sorted((c for c in result["kept"] if c["policy"] == name), key=lambda c: c["share"])

@@ -3,9 +3,8 @@
     python bench/virtual.py                    all of it, two minutes on two cores
 
 map      microseconds to map and to unmap a page, 60 at a time, of 4 KiB and of 2 MiB
-layout   tokens that a page of 2 MiB holds, and by how much a request grows, if a row has all layers
-         of a token side by side (ours) and if each layer's keys and values are a tensor of their
-         own (vAttention)
+layout   tokens that a page of 2 MiB holds, and by how much a request grows, if all of a token lies
+         side by side, and if each layer's keys and values are apart (vAttention's tensors)
 decode   a decode step of llama3-virtual.py, in both layouts, against one of llama3-naive.py
 share    of the time of `llama3-virtual.py 49`, what its manager takes, mapping included
 """
@@ -32,7 +31,7 @@ def mapping(page_kb, device, n=4096):
     """Microseconds to map and to unmap a page, of n pages of 4 KiB, or fewer that are larger."""
     n = max(60, n * 4 // page_kb // 60 * 60)
     size = (n, page_kb * 1024)
-    pages = CudaPages(*size, device) if device == "cuda" else HostPages(*size)
+    pages = CudaPages(*size, n) if device == "cuda" else HostPages(*size)
     seconds = {"map": [], "unmap": []}
     for _ in range(5):
         for name in seconds:
@@ -131,7 +130,7 @@ def main():
     parser.add_argument("--json", type=Path, default=RESULTS / "virtual.json", metavar="FILE")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = [2048] if device == "cuda" else [4, 2048]
+    sizes = [2048] if device == "cuda" else [mmap.PAGESIZE // 1024, 2048]
     result = {
         "map": [{"page_kb": kb, **mapping(kb, device)} for kb in sizes],
         "layout": {name: layout(shape) for name, shape in MODELS.items()},
