@@ -1639,6 +1639,12 @@ def test_calls_to_the_cuda_driver(monkeypatch):
         pages.CudaPages(16, 1000, 2, torch.device("cpu"))
 
 
+def test_systems_without_madvise(tmp_path, tiny, monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_DONTNEED")
+    with pytest.raises(SystemExit, match="needs madvise, as Linux and macOS have it"):
+        run(VIRTUAL, tiny, tmp_path, ["a"])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
 def test_pages_on_a_card():
     """Map, grow, unmap, use again; numbers stay where they were put."""
