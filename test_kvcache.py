@@ -1568,17 +1568,24 @@ def test_idle_rows_are_used_again():
     shape = (1, 1, PAGE // 8)
     cache = pages.VirtualCache(10 * PAGE, PAGE, True, 4, 8, shape, torch.float32, "cpu")
     rows = [cache.admit(n) for n in (1, 4, 2, 1)]  # A token is a page.
-    for row in rows:
-        cache.release(row)
+    for i in (3, 1, 2, 0):
+        cache.release(rows[i])
     assert [cache.n_mapped[row] for row in rows] == [1, 4, 2, 1] and left(cache) == 10
     assert cache.admit(2) == rows[2]
     assert cache.admit(5) == rows[1]  # None has five: four are the most.
     assert [cache.n_mapped[row] for row in rows] == [1, 5, 2, 1]
-    assert cache.grow(rows[1], 7)  # One page was free; row 0 was released before row 3.
-    assert [cache.n_mapped[row] for row in rows] == [0, 7, 2, 1]
+    assert cache.grow(rows[1], 7)  # One page was free; row 3 was released before row 0.
+    assert [cache.n_mapped[row] for row in rows] == [1, 7, 2, 0]
     assert not cache.grow(rows[1], 9) and cache.n_needed[rows[1]] == 7
     cache.release(rows[1])
-    assert cache.admit(1) == rows[3] and cache.n_mapped[rows[1]] == 7
+    cache.release(rows[2])
+    assert cache.admit(4) == rows[1]  # Three too many, where the others have too few.
+    assert cache.admit(6) == rows[2]  # One was free, one idle, and two that row 1 does not need.
+    assert [cache.n_mapped[row] for row in rows] == [0, 4, 6, 0]
+    cache.release(rows[2])
+    assert cache.admit(1) == rows[2]
+    cache.admit(3)  # Row 1 needs all that it has.
+    assert cache.n_mapped[rows[1]] == 4 and cache.n_mapped[rows[2]] == 3
 
 
 def test_calls_to_the_cuda_driver(monkeypatch):
