@@ -124,7 +124,7 @@ def choose(logits, temperature):
 # --- KV cache -------------------------------------------------------------------------------------
 
 add("--page-kb", metavar="KB", type=at_least(1), help="(a page of the system; CUDA: 2048)")
-add("--layout", choices=["layer", "token"], help="whose pages: (layer; CUDA: token)")
+add("--layout", choices=["layer", "token"], help="pages by layer or token (layer; CUDA: token)")
 
 
 def generate(model, cache, tokens, limits, stop, args, stats):
