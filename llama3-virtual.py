@@ -1,7 +1,7 @@
 """Batched Llama 3 with a contiguous KV cache whose rows get memory page by page as they grow.
 
-    python llama3-virtual.py 49                   answers the first 49 prompts, all at once
-    python llama3-virtual.py 49 --page-kb 2048    with pages as large as a GPU's
+    python llama3-virtual.py 49                                  the first 49 prompts, all at once
+    python llama3-virtual.py 49 --page-kb 2048 --layout token    with pages as a GPU has them
 
 Each request has a row of max_seq_len slots, as in llama3-naive.py, but of addresses only: the
 operating system, or the CUDA driver, puts memory behind them where tokens are (vAttention). The

@@ -1142,7 +1142,7 @@ def test_the_blocks_chosen_are_those_with_the_highest_estimates(slack):
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-def test_retrieval_of_everything_is_full_attention(tmp_path, tiny, block_size):
+def test_retrieval_of_everything_is_full_attention(tmp_path, tiny, block_size, capsys):
     """Several requests at once: by row and by block, prompts in chunks, rows that come and go."""
     texts = [text_of(n, seed=n) for n in (3, 14, 38, 61, 90, 22, 41)]
     expected = [plain_generate(tiny, tiny_prompt(text), 40, {258}) for text in texts]
@@ -1153,6 +1153,26 @@ def test_retrieval_of_everything_is_full_attention(tmp_path, tiny, block_size):
         tiers = result["tiers"]
         assert tiers["dropped"] == 0 and tiers["spilled"] > 0
         assert tiers["fetched"] == pytest.approx(tiers["spilled"])  # Each one once.
+        hits, misses = tiers["shared"], tiers["fetched"]
+        row = f"{hits:,.0f} in HBM ({hits / (hits + misses):.1%}), {misses:,.0f} in DRAM"
+        assert f"Blocks found       {row}" in capsys.readouterr().out and hits > misses
+
+
+def test_memory_set_aside_for_retrieval(tmp_path, tiny):
+    """Exactly enough for two requests, bounds included, runs two; a block less runs one."""
+    texts = [text_of(90, seed=n) for n in range(3)]  # 92 tokens in, 19 out that are stored.
+    need = window.plan(92 + 20 - 1, 4, 10, 10, 24, 4)[0]
+    assert need == 9 + 6 + 7  # 4 + 10 + 10 + 12 tokens, 24 that come back, bounds of 25 blocks.
+    for blocks, at_once in ((2 * need, 2), (2 * need - 1, 1)):
+        result = run(TIERED, tiny, tmp_path, texts, "--max-new-tokens", 20, "--ignore-stop",
+                     "--block-size", 4, "--sink", 4, "--window", 10, "--top-k", 24,
+                     "--kv-gb", (blocks + 0.01) * 4 * BYTES_PER_TOKEN / 1e9)  # fmt: skip
+        assert result["max_batch"]["peak"] == at_once
+        assert result["kv"]["peak_reserved_bytes"] == at_once * need * 4 * BYTES_PER_TOKEN
+    with pytest.raises(SystemExit, match=f"A request may need {need} blocks"):
+        run(TIERED, tiny, tmp_path, texts, "--max-new-tokens", 20, "--ignore-stop",
+            "--block-size", 4, "--sink", 4, "--window", 10, "--top-k", 24,
+            "--kv-gb", (need - 0.01) * 4 * BYTES_PER_TOKEN / 1e9)  # fmt: skip
 
 
 def test_retrieval_on_smollm2_remembers_what_a_window_forgets(tmp_path, smollm2):

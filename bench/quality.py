@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, load_script, save
+from common import RESULTS, load_script, save, save_figure
 
 import kernels
 from kvcache import blocks_for
@@ -377,11 +377,7 @@ def draw(result, path):
     right.set_yticks(ms := [25, 50, 100, 200, 400, 800], ms)
     for axis in (top_right, right):
         axis.minorticks_off()
-    for axis in axes.flat:
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=150)
+    save_figure(figure, axes.flat, path)
 
 
 @torch.inference_mode()

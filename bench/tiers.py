@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, load_script, save
+from common import RESULTS, load_script, save, save_figure
 
 from inputs import Turn
 from kvcache import TieredCache, blocks_for
@@ -199,11 +199,7 @@ def draw(result, path):
     right.set(title="A preempted request's next token")
     right.set_xticks(CONTEXTS, [f"{n:,}" for n in CONTEXTS], fontsize=8)
     right.minorticks_off()
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=150)
+    save_figure(figure, (left, right), path)
 
 
 @torch.inference_mode()
