@@ -40,6 +40,15 @@ def at_least(least, kind=int):
     return number
 
 
+def writable(file):
+    """A type for argparse: a file that can be written. Better to know before the run than after."""
+    try:
+        open(file, "a").close()
+    except OSError as error:
+        raise ArgumentTypeError(f"{file} cannot be written ({error.strerror})") from error
+    return file
+
+
 def block_size_for(args):
     """args.block_size, or the kernel's usual one; ends the program if that cannot take it."""
     unit = 256 if runs_flash_attn(args.device, getattr(torch, args.dtype)) else 1
@@ -128,7 +137,8 @@ class Turn:
 
     def __post_init__(self):
         self.tokens = list(self.prompt)  # And the answer behind it.
-        self.arrived, self.first_token = time.perf_counter(), None  # The seconds between them.
+        self.arrived = time.perf_counter()
+        self.first_token = self.last_token = None  # Seconds after that.
 
     def longest(self, args):
         """The most tokens that the conversation can come to."""
@@ -137,7 +147,8 @@ class Turn:
 
     def add(self, token):
         self.tokens.append(token)
-        self.first_token = self.first_token or time.perf_counter() - self.arrived
+        self.last_token = time.perf_counter() - self.arrived
+        self.first_token = self.first_token or self.last_token
 
     def ended(self, stop, args):
         limit = min(len(self.prompt) + args.max_new_tokens, args.max_seq_len)

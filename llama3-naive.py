@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from inputs import PROMPTS, SMOLLM2, at_least, load, or_exit, read_prompts
+import owners
+from inputs import PROMPTS, SMOLLM2, at_least, load, or_exit, read_prompts, writable
 from kernels import flash_attn_with_kvcache, linear
 from stats import Stats
 
@@ -44,14 +45,15 @@ add("--temperature", metavar="X", type=float, default=0.0, help="0, the default,
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
 add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
 add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-add("--json", metavar="FILE", help="write statistics and answers there, too")
+add("--json", metavar="FILE", type=writable, help="write statistics and answers there, too")
+add(
+    "--trace", metavar="FILE", type=writable, help="write who has which memory, for bench/replay.py"
+)
 
 
 def arguments(argv):
     """The arguments, where they make sense; ends the program where they do not."""
     args = parser.parse_args(argv)
-    with or_exit(f"--json {args.json} cannot be written"):
-        open(args.json or os.devnull, "a").close()  # Better now than after the run.
     torch.manual_seed(args.seed % 2**63)
     return args
 
@@ -141,9 +143,12 @@ def generate(model, cache, tokens, limits, stop, args, stats):
         for row in running:
             seq_len[row] += len(new[row])
             tokens[row].append(chosen[row])
+        stats.mark(running)
         used = sum(seq_len[list(running)].tolist())
         # The batch is static, so whoever has ended still counts as running.
         stats.sample(len(tokens), 0, len(tokens) * args.max_seq_len, used)
+        if args.trace:
+            stats.trace(owners.rows(stats.naive_fits, args.max_seq_len, seq_len, running))
         running = {r for r in running if tokens[r][-1] not in stop and len(tokens[r]) < limits[r]}
 
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, read_prompts
+import owners
+from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, read_prompts, writable
 from kernels import flash_attn_with_kvcache, linear
 from kvcache import PagedCache, blocks_for
 from stats import Stats
@@ -45,14 +46,15 @@ add("--temperature", metavar="X", type=float, default=0.0, help="0, the default,
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
 add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
 add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-add("--json", metavar="FILE", help="write statistics and answers there, too")
+add("--json", metavar="FILE", type=writable, help="write statistics and answers there, too")
+add(
+    "--trace", metavar="FILE", type=writable, help="write who has which memory, for bench/replay.py"
+)
 
 
 def arguments(argv):
     """The arguments, where they make sense; ends the program where they do not."""
     args = parser.parse_args(argv)
-    with or_exit(f"--json {args.json} cannot be written"):
-        open(args.json or os.devnull, "a").close()  # Better now than after the run.
     torch.manual_seed(args.seed % 2**63)
     return args
 
@@ -150,9 +152,12 @@ def generate(model, cache, tokens, limits, stop, args, stats):
             chosen = choose(forward(model, new, seq_len, attend), args.temperature)
         for request, token in zip(running, chosen, strict=True):
             tokens[request].append(token)
+        stats.mark(running)
         with stats.clock("manager"):
             cache.advance([len(t) for t in new])
             stats.sample(len(running), len(waiting), *cache.usage())
+            if args.trace:
+                stats.trace(owners.blocks(cache, running))
             ended = [len(tokens[r]) >= limits[r] or tokens[r][-1] in stop for r in running]
             cache.release([row for row, end in enumerate(ended) if end])
             running = [r for r, end in zip(running, ended, strict=True) if not end]

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, read_turns
+import owners
+from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, read_turns, writable
 from kernels import flash_attn_with_kvcache, linear
 from kvcache import TieredCache
 from stats import Stats
@@ -48,14 +49,15 @@ add("--temperature", metavar="X", type=float, default=0.0, help="0, the default,
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
 add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
 add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-add("--json", metavar="FILE", help="write statistics and answers there, too")
+add("--json", metavar="FILE", type=writable, help="write statistics and answers there, too")
+add(
+    "--trace", metavar="FILE", type=writable, help="write who has which memory, for bench/replay.py"
+)
 
 
 def arguments(argv):
     """The arguments, where they make sense; ends the program where they do not."""
     args = parser.parse_args(argv)
-    with or_exit(f"--json {args.json} cannot be written"):
-        open(args.json or os.devnull, "a").close()  # Better now than after the run.
     torch.manual_seed(args.seed % 2**63)
     return args
 
@@ -137,7 +139,6 @@ add("--ignore-stop", action="store_true", help="an answer ends at its limit only
 def generate(model, cache, turns, stop, args, stats):
     """Answer the turns and those that follow, which join the list, until a stop token or limit."""
     waiting, running = deque(turns), []  # Row r is of turn running[r].
-    dram_was_full = not args.dram_gb
     chunk = cache.chunk if args.window else args.max_seq_len  # New tokens of a row in a step.
 
     def attend(layer, rows, q, k, v):
@@ -172,6 +173,8 @@ def generate(model, cache, turns, stop, args, stats):
         with stats.clock("manager"):
             cache.advance([len(t) for t in new])
             stats.sample(len(running), len(waiting), *cache.usage())
+            if args.trace:
+                stats.trace(owners.tiers(cache, running, waiting))
             stored = cache.positions().tolist()
             for turn, token, n in zip(running, chosen, stored, strict=True):
                 if n == len(turn.tokens):  # If not, the next step reads on.
@@ -184,9 +187,6 @@ def generate(model, cache, turns, stop, args, stats):
             cache.release(ended)
             cache.spill()
             running = [turn for row, turn in enumerate(running) if row not in ended]
-        if cache.counts["dropped"] and not (args.window or dram_was_full):
-            dram_was_full = True
-            print("DRAM is full (--dram-gb): what is dropped is computed again.", file=sys.stderr)
 
 
 def make_cache(args, params, stats, longest):
@@ -232,13 +232,14 @@ def main(argv=None):
         generate(model, cache, turns, stop, args, stats)
     finally:  # Ctrl-C, too, leaves the answers and statistics so far.
         turns.sort(key=lambda turn: turn.place)
-        stats.tiers = {
-            **cache.counts, "block_bytes": cache.block_size * stats.bytes_per_token,
-            "first_token_s": [t.first_token for t in turns if t.place[1] == 0],
-            "later_first_token_s": [t.first_token for t in turns if t.place[1] > 0],
-        }  # fmt: skip
+        stats.times = {i: (t.first_token, t.last_token) for i, t in enumerate(turns)}
+        later = [t.first_token for t in turns if t.place[1] > 0]
+        size = cache.block_size * stats.bytes_per_token
+        stats.tiers = {**cache.counts, "block_bytes": size, "later_first_token_s": later}
         texts, prompts, tokens = zip(*((t.text, t.prompt, t.tokens) for t in turns), strict=True)
         stats.report(texts, prompts, tokens, encoding.decode, stop)
+        if cache.counts["dropped"] and args.dram_gb and not args.window:
+            print("DRAM was full (--dram-gb): what it dropped was computed again.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from inputs import PROMPTS, SMOLLM2, at_least, load, or_exit, read_prompts
+import owners
+from inputs import PROMPTS, SMOLLM2, at_least, load, or_exit, read_prompts, writable
 from kernels import flash_attn_with_kvcache, linear
 from pages import VirtualCache
 from stats import Stats
@@ -47,14 +48,15 @@ add("--temperature", metavar="X", type=float, default=0.0, help="0, the default,
 add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
 add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
 add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-add("--json", metavar="FILE", help="write statistics and answers there, too")
+add("--json", metavar="FILE", type=writable, help="write statistics and answers there, too")
+add(
+    "--trace", metavar="FILE", type=writable, help="write who has which memory, for bench/replay.py"
+)
 
 
 def arguments(argv):
     """The arguments, where they make sense; ends the program where they do not."""
     args = parser.parse_args(argv)
-    with or_exit(f"--json {args.json} cannot be written"):
-        open(args.json or os.devnull, "a").close()  # Better now than after the run.
     torch.manual_seed(args.seed % 2**63)
     return args
 
@@ -162,9 +164,12 @@ def generate(model, cache, tokens, limits, stop, args, stats):
                 cache.grow(row, seq_len[row].item() + len(new[row]) + 1)
         with stats.clock(phase):
             chosen = choose(logits, args.temperature)
+        stats.mark(running.values())
         with stats.clock("manager"):
             seq_len += torch.tensor([len(t) for t in new], dtype=torch.int32)
             stats.sample(len(running), len(waiting), *cache.usage())
+            if args.trace:
+                stats.trace(owners.pages(cache, running))
             for row, token in zip(sorted(running), chosen, strict=True):
                 request = running[row]
                 tokens[request].append(token)

@@ -49,6 +49,7 @@ class VirtualCache:
             else pieces.unflatten(1, (L, 2)).permute(2, 1, 0, 3, 4, 5)
         )
         self.n_mapped, self.n_needed = [0] * max_rows, [0] * max_rows
+        self.cells = {}  # For --trace: see owners.pages.
         self.idle = list(range(max_rows))  # Rows without a request, first those idle for longest.
         self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored.
 

@@ -12,10 +12,13 @@ from statistics import median
 
 import torch
 
+from owners import Trace
+
 REPORT = """
 Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
 Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode: {tokens_per_s:.0f} tokens/s
 Manager            {manager_s:.3f} s in {steps} steps, {share:.2%} of it; {preemptions} preemptions
+First token        after {first:.2f} s, 99% after {slow:.2f} s; then {each:.0f} ms a token (medians)
 Max batch          {peak} in this run, {fits} would fit on average, naive fits {naive_fits}
 Reserved           {gb[peak_reserved_bytes]:.3f} GB of {gb[budget_bytes]:.3f} GB at the peak
 Used               {gb[peak_used_bytes]:.3f} GB
@@ -27,7 +30,7 @@ TIERS = """
 Blocks found       {shared:,.0f} in HBM ({hits:.1%}), {fetched:,.0f} in DRAM
 Blocks moved       {up:.2f} GB fetched{link}; {spilled:,} to DRAM ({down:.2f} GB)
 Blocks dropped     {dropped:,} for good
-First token        {first} s in first turns, {later} s in later ones (medians)"""
+Later turns        {later} s to their first token (median)"""
 
 
 class Stats:
@@ -47,6 +50,8 @@ class Stats:
         self.samples = []  # (requests running, bytes reserved, bytes used) of each step
         self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0}
         self.preemptions, self.tiers = 0, {}  # tiers: TieredCache.counts and more.
+        self.start = None  # When the first step began.
+        self.times = {}  # request: seconds from then, or from its arrival, to first and last token.
         fits = f"{self.budget // size:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
         print(f"KV cache: {self.budget / 1e9:.2f} GB, {size:,} bytes a token: {fits}.", flush=True)
 
@@ -54,6 +59,7 @@ class Stats:
     def clock(self, name):
         """Add the time that the `with` block takes to seconds[name]."""
         start = time.perf_counter()
+        self.start = self.start or start
         yield
         self.seconds[name] += time.perf_counter() - start
 
@@ -66,12 +72,36 @@ class Stats:
             line = f"step {len(self.samples)}: {done} done, {running} running, {waiting} waiting"
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
+    def mark(self, requests):
+        """These requests have got a token each: note when."""
+        now = time.perf_counter() - self.start
+        for request in requests:
+            first, _ = self.times.get(request, (now, None))
+            self.times[request] = first, now
+
+    def trace(self, tiers):
+        """Write what sample() noted last, and the tiers (see owners.py), to --trace FILE."""
+        running, reserved, used = self.samples[-1]
+        step = {"seconds": round(time.perf_counter() - self.start, 4), "running": running}
+        step |= {"reserved_bytes": reserved, "used_bytes": used}
+        if len(self.samples) == 1:
+            run = {"script": Path(sys.argv[0]).name, "requests": self.args.n}
+            run |= {"budget_bytes": self.budget, "bytes_per_token": self.bytes_per_token}
+            self.trace_file = Trace(self.args.trace, run, tiers)
+        self.trace_file.add(step, tiers)
+
     def report(self, texts, prompts, tokens, decode, stop):
         """Print the answers to `texts`, then the statistics; both go into --json FILE as well.
 
         tokens: each prompt and the answer behind it. decode: tokens to text, without those in stop.
         """
         answers = [both[len(prompt) :] for prompt, both in zip(prompts, tokens, strict=True)]
+        times = [self.times.get(i, (None, None)) for i in range(len(prompts))]
+        firsts = sorted(first for first, _ in times if first) or [0]
+        per_token = [
+            (last - first) / (len(answer) - 1) if len(answer) > 1 else None
+            for (first, last), answer in zip(times, answers, strict=True)
+        ]
         seconds = sum(self.seconds.values()) or 1
         samples = self.samples or [(0, 0, 0)]
         # Of the steps that reserve most, the one that uses most of it.
@@ -101,6 +131,7 @@ class Stats:
             "time": {
                 **{f"{name}_s": value for name, value in self.seconds.items()},
                 "tokens_per_s": sum(map(len, answers)) / seconds, "steps": len(self.samples),
+                "first_token_s": [first for first, _ in times], "per_token_s": per_token,
             },
             **({"tiers": self.tiers} if self.tiers else {}),
             "responses": [
@@ -119,13 +150,17 @@ class Stats:
             print(f"\n[{i + 1}] {' '.join(texts[i].split())[:95]}\n", *lines, sep="\n")
         if tiers := self.tiers:
             down, up = (tiers[way] * tiers["block_bytes"] / 1e9 for way in ("spilled", "fetched"))
-            waits = ([s for s in tiers[t] if s] for t in ("first_token_s", "later_first_token_s"))
-            first, later = (f"{median(seconds):.2f}" if seconds else "-" for seconds in waits)
+            waits = [wait for wait in tiers["later_first_token_s"] if wait]
+            later = f"{median(waits):.2f}" if waits else "-"
             link = f", at most {args.link_gbs:g} GB/s (--link-gbs)" if args.link_gbs else ""
             hits = tiers["shared"] / (tiers["shared"] + tiers["fetched"] or 1)
-            more = {"down": down, "up": up, "first": first, "later": later}
+            more = {"down": down, "up": up, "later": later}
             print(TIERS.format(**tiers, **more, link=link, hits=hits), end="")
         flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}
         gb = {key: value / 1e9 for key, value in result["kv"].items()}
-        share = self.seconds["manager"] / seconds
-        print(REPORT.format(**flat, gb=gb, share=share), flush=True)
+        more = {
+            "share": self.seconds["manager"] / seconds, "first": median(firsts),
+            "slow": firsts[math.ceil(0.99 * len(firsts)) - 1],
+            "each": 1000 * median([each for each in per_token if each] or [0]),
+        }  # fmt: skip
+        print(REPORT.format(**flat, **more, gb=gb), flush=True)

@@ -34,6 +34,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import inputs
 import kernels
 import kvcache
+import owners
 import pages
 import prefix
 import window
@@ -873,7 +874,7 @@ def test_tiered_equals_plain_forward(tmp_path, tiny, monkeypatch, capsys, block_
     assert answers(result) == [plain_generate(tiny, tiny_prompt(text), 40, {258}) for text in texts]
     assert result["preemptions"] >= 5 and result["tiers"]["shared"] > 0
     assert result["kv"]["peak_reserved_bytes"] <= result["kv"]["budget_bytes"]
-    full = capsys.readouterr().err.count("DRAM is full")
+    full = capsys.readouterr().err.count("DRAM was full")
     assert full == (dram_blocks == 7) and bool(result["tiers"]["dropped"]) == (dram_blocks <= 7)
     assert bool(result["tiers"]["fetched"]) == bool(dram_blocks)
 
@@ -929,8 +930,8 @@ def test_turns(tmp_path, tiny, stop):
         tiers = result["tiers"]
         assert result["requests"] == 14 and bool(tiers["fetched"]) == tight
         assert tiers["shared"] + tiers["fetched"] >= found > 0
-        assert len(tiers["first_token_s"]) == 5 and len(tiers["later_first_token_s"]) == 9
-        assert all(seconds > 0 for seconds in tiers["first_token_s"])
+        assert len(tiers["later_first_token_s"]) == 9
+        assert all(seconds > 0 for seconds in result["time"]["first_token_s"])
 
 
 def test_turns_on_smollm2(tmp_path, smollm2):
@@ -1331,7 +1332,7 @@ def test_sharegpt_files_as_they_are(tmp_path, tiny, capsys):
 # --- Statistics and reports -----------------------------------------------------------------------
 
 
-def test_statistics_by_hand(tmp_path, capsys):
+def test_statistics_by_hand(tmp_path, capsys, monkeypatch):
     args = SimpleNamespace(n=2, model=Path("m"), dtype="float16", device="cpu", kv_gb=1e-6,
                            max_seq_len=10, json=tmp_path / "out.json")  # fmt: skip
     stats = Stats(args, {"dim": 4, "n_heads": 2, "n_kv_heads": 1, "n_layers": 2})
@@ -1339,7 +1340,10 @@ def test_statistics_by_hand(tmp_path, capsys):
     assert (size, stats.budget, stats.naive_fits) == (2 * 2 * 1 * 2 * 2, 1000, 6)
     for running, reserved, used in [(1, 8, 2), (2, 20, 10), (2, 20, 15), (1, 10, 10)]:
         stats.sample(running, 0, reserved, used)
-    stats.seconds = {"prefill": 1.0, "decode": 3.0, "manager": 0.5}
+    stats.seconds, stats.start = {"prefill": 1.0, "decode": 3.0, "manager": 0.5}, 10.0
+    for now, requests in ((11.0, [0]), (12.0, [0]), (13.5, [0, 1])):
+        monkeypatch.setattr(time, "perf_counter", lambda now=now: now)
+        stats.mark(requests)
     stats.report(["a", "b"], [[1], [1, 2]], [[1, 7, 8, 0], [1, 2, 9]], str, {0})
     result = json.loads(args.json.read_text())
     assert result["kv"] == {
@@ -1352,7 +1356,12 @@ def test_statistics_by_hand(tmp_path, capsys):
     assert result["max_batch"] == {"peak": 2, "fits": 6, "naive_fits": 6}
     assert result["time"]["tokens_per_s"] == 4 / 4.5
     assert result["responses"][0] == {"prompt_tokens": 1, "tokens": [7, 8, 0], "text": "[7, 8]"}
-    assert capsys.readouterr().out.endswith("Fragmented Memory: 0.00 GB (8.00%)\n")
+    # Request 0 got its three tokens 1, 2 and 3.5 seconds after the start, request 1 its one.
+    assert result["time"]["first_token_s"] == [1.0, 3.5]
+    assert result["time"]["per_token_s"] == [1.25, None]
+    out = capsys.readouterr().out
+    assert "after 2.25 s, 99% after 3.50 s; then 1250 ms a token (medians)\n" in out
+    assert out.endswith("Fragmented Memory: 0.00 GB (8.00%)\n")
 
 
 @pytest.mark.parametrize("script", [NAIVE, VIRTUAL, PAGED, TIERED], ids=NAMES)
@@ -1689,6 +1698,99 @@ def test_pages_on_a_card():
     assert (cache.kv[:, :, rows[0], 16:48] == 5).all() and (cache.kv[:, :, row, :33] == 7).all()
 
 
+# --- Traces ---------------------------------------------------------------------------------------
+
+
+def replayed(file):
+    """The head of a trace, and each of its steps with all cells of its tiers."""
+    head, *steps = map(json.loads, file.read_text().splitlines())
+    cells = {name: {} for name in head["tiers"]}
+    for step in steps:
+        for name, changes in step["tiers"].items():
+            for cell, *owner in changes:
+                assert cells[name].get(cell) != tuple(owner), "nothing has changed here"
+                cells[name][cell] = tuple(owner)
+                if not owner:
+                    del cells[name][cell]
+        step["tiers"] = {name: dict(some) for name, some in cells.items()}
+    return head, steps
+
+
+TRACED = {
+    "naive": (NAIVE, ["--max-seq-len", 64]),
+    "virtual": (VIRTUAL, ["--kv-gb", 110 * 512 / 1e9, "--page-kb", 4, "--layout", "token"]),
+    "paged": (PAGED, ["--kv-gb", 110 * 512 / 1e9, "--block-size", 4]),
+    "tiered": (TIERED, ["--kv-gb", 110 * 512 / 1e9, "--block-size", 4, "--turns", 2]),
+    "window": (TIERED, ["--window", 9, "--sink", 4, "--block-size", 4]),
+    "retrieval": (TIERED, ["--window", 9, "--top-k", 8, "--block-size", 4]),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_a_trace_agrees_with_the_statistics(tmp_path, tiny, name):
+    """In each step, what the cells add up to is what was sampled, however tight memory is."""
+    said = [[text_of(n, seed=n), text_of(5, seed=n)] for n in (30, 3, 9, 41, 18)]
+    script, options = TRACED[name]
+    trace = ["--trace", tmp_path / "trace", "--max-new-tokens", 20]
+    result = run(script, tiny, tmp_path, said, *trace, *options)
+    assert bool(result["preemptions"]) == (name in ("virtual", "paged", "tiered"))
+    head, steps = replayed(tmp_path / "trace")
+    assert head["bytes_per_token"] == BYTES_PER_TOKEN and len(steps) == result["time"]["steps"]
+    assert head["budget_bytes"] == result["kv"]["budget_bytes"] and head["requests"] == 5
+    assert max(step["reserved_bytes"] for step in steps) == result["kv"]["peak_reserved_bytes"]
+    assert all(now["seconds"] > old["seconds"] for old, now in pairwise(steps))
+    for step in steps:
+        for tier, (n_cells, size) in head["tiers"].items():
+            assert all(0 <= cell < n_cells for cell in step["tiers"][tier])
+            assert all(-1 <= tokens <= size for _, tokens in step["tiers"][tier].values())
+        size, cells = head["tiers"]["HBM"][1], step["tiers"]["HBM"].values()
+        in_use = [(request, tokens) for request, tokens in cells if tokens != owners.KEPT]
+        reserved, used = (len(in_use) * size, sum(tokens for _, tokens in in_use))
+        assert reserved * BYTES_PER_TOKEN == pytest.approx(step["reserved_bytes"])
+        assert used * BYTES_PER_TOKEN == pytest.approx(step["used_bytes"], abs=9 * len(in_use))
+        assert len({request for request, _ in in_use} - {owners.SHARED}) == step["running"]
+
+
+def test_a_trace_by_hand(tmp_path, tiny):
+    """Two requests of 5 and 4 tokens, three tokens each, in blocks of 4."""
+    options = ["--trace", tmp_path / "trace", "--max-new-tokens", 3, "--block-size", 4]
+    run(PAGED, tiny, tmp_path, ["abc", "de"], "--kv-gb", 8 * 512 * 4 / 1e9, *options)
+    lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
+    assert lines[0]["tiers"] == {"HBM": [8, 4]}
+    assert [line["tiers"]["HBM"] for line in lines[1:]] == [
+        [[0, 0, 4], [1, 0, 1], [2, 1, 4]],
+        [[1, 0, 2], [3, 1, 1]],
+        [[1, 0, 3], [3, 1, 2]],
+    ]
+
+
+def test_a_trace_shows_who_waits_for_what_is_in_dram(tmp_path, tiny):
+    """A preempted request's blocks have its number in DRAM, until nobody wants them any more."""
+    said = [text_of(n, seed=n) for n in (30, 40, 35)]
+    options = ["--trace", tmp_path / "trace", "--max-new-tokens", 40, "--block-size", 4]
+    result = run(TIERED, tiny, tmp_path, said, "--kv-gb", 110 * 512 / 1e9, *options)
+    assert result["preemptions"] and result["tiers"]["fetched"]
+    _, steps = replayed(tmp_path / "trace")
+    running = [
+        {request for request, tokens in step["tiers"]["HBM"].values() if tokens != owners.KEPT}
+        for step in steps
+    ]
+    waiting = [
+        {request for request, _ in step["tiers"]["DRAM"].values()} - active - {owners.SHARED, None}
+        for step, active in zip(steps, running, strict=True)
+    ]
+    assert any(waiting)
+    for requests, later in zip(waiting, range(1, len(steps)), strict=False):
+        assert all(any(r in active for active in running[later:]) for r in requests)
+
+
+def test_untraced_runs_look_at_nothing(tmp_path, tiny, monkeypatch):
+    for name in ("rows", "blocks", "pages", "tiers"):
+        monkeypatch.setattr(owners, name, None)
+    for script in (NAIVE, VIRTUAL, PAGED, TIERED):
+        run(script, tiny, tmp_path, ["a"], "--max-new-tokens", 2)
+
+
 # --- Mistakes -------------------------------------------------------------------------------------
 
 MISTAKES = {
@@ -1714,6 +1816,7 @@ MISTAKES = {
     "budget beyond the machine": ["2", "--kv-gb", "999999", "--max-seq-len", "1000000000"],
     "no such device": ["2", "--device", "tpu"],
     "no such folder for JSON": ["2", "--json", "nowhere/out.json"],
+    "a folder for a trace": ["2", "--trace", "{tmp}"],
 }
 VIRTUAL_MISTAKES = {"half a page": ["2", "--page-kb", "2"], "no page": ["2", "--page-kb", "0"]}
 PAGED_MISTAKES = {"block of nothing": ["2", "--block-size", "0"]}
