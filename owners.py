@@ -21,7 +21,7 @@ SHARED, KEPT = -1, -1
 class Trace:
     """A file of JSON objects, a line each: first about the run, then about its steps.
 
-    {"script", "requests", "budget_bytes", "bytes_per_token", "tiers": {name: [cells, tokens each]}}
+    {"command", "budget_bytes", "bytes_per_token", "tiers": {name: [number of cells, tokens each]}}
     {"seconds", "running", "reserved_bytes", "used_bytes", "tiers": {name: [changes]}}
 
     A change is [cell, request, tokens], or [cell] if the cell is free now.

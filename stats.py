@@ -85,7 +85,7 @@ class Stats:
         step = {"seconds": round(time.perf_counter() - self.start, 4), "running": running}
         step |= {"reserved_bytes": reserved, "used_bytes": used}
         if len(self.samples) == 1:
-            run = {"script": Path(sys.argv[0]).name, "requests": self.args.n}
+            run = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
             run |= {"budget_bytes": self.budget, "bytes_per_token": self.bytes_per_token}
             self.trace_file = Trace(self.args.trace, run, tiers)
         self.trace_file.add(step, tiers)

@@ -1736,7 +1736,7 @@ def test_a_trace_agrees_with_the_statistics(tmp_path, tiny, name):
     assert bool(result["preemptions"]) == (name in ("virtual", "paged", "tiered"))
     head, steps = replayed(tmp_path / "trace")
     assert head["bytes_per_token"] == BYTES_PER_TOKEN and len(steps) == result["time"]["steps"]
-    assert head["budget_bytes"] == result["kv"]["budget_bytes"] and head["requests"] == 5
+    assert head["budget_bytes"] == result["kv"]["budget_bytes"]
     assert max(step["reserved_bytes"] for step in steps) == result["kv"]["peak_reserved_bytes"]
     assert all(now["seconds"] > old["seconds"] for old, now in pairwise(steps))
     for step in steps:
@@ -1782,6 +1782,39 @@ def test_a_trace_shows_who_waits_for_what_is_in_dram(tmp_path, tiny):
     assert any(waiting)
     for requests, later in zip(waiting, range(1, len(steps)), strict=False):
         assert all(any(r in active for active in running[later:]) for r in requests)
+
+
+def test_a_replay_shows_what_was_traced(tmp_path, tiny, monkeypatch, capsys):
+    """In the terminal, each spot has the color of its slot; the page has the trace in it."""
+    replay = load_by_path(HERE / "bench" / "replay.py")
+    file, texts = tmp_path / "trace", ["abcdefghijklmnopqrstuvwxyz", "</script>"]
+    budget = ["--kv-gb", 64 * 512 / 1e9, "--max-seq-len", 32, "--max-new-tokens", 5]
+    run(NAIVE, tiny, tmp_path, texts, "--trace", file, *budget)
+    trace = replay.Replay(file)
+    trace.seek(trace.times[-1] + 1)
+    trace.seek(trace.times[1] + 1e-6)  # Back to the second step: 29 and 12 tokens.
+    full, empty = ([replay.color(0, i, tokens) for i in range(2)] for tokens in (1, 0))
+    spots = [full[0]] * 29 + [empty[0]] * 3 + [full[1]] * 12 + [empty[1]] * 20
+    assert list(trace.spots("HBM", 64)) == spots
+    assert trace.readout()[1:] == [
+        "step 2 of 5, 2 running", "reserved 0.000 of 0.000 GB", "used 0.000 GB, 35.9% fragmented"
+    ]  # fmt: skip
+    monkeypatch.setenv("COLUMNS", "66")
+    monkeypatch.setenv("LINES", "13")
+    monkeypatch.setattr(sys, "argv", ["replay.py", str(file), str(file), "--at", "0"])
+    capsys.readouterr()
+    replay.main()
+    lines = [re.sub("\033.*?m", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 12 and {len(line) for line in lines[:-1]} == {66}
+    monkeypatch.setattr(sys, "argv", ["replay.py", str(file), "--html", str(tmp_path / "page")])
+    replay.main()
+    (traces,) = re.findall(r"^const traces = (.*?);  //", (tmp_path / "page").read_text(), re.M)
+    assert json.loads(traces) == [[json.loads(line) for line in file.read_text().splitlines()]]
+    for words in ("nothing", '{"tiers": {}}', "[1, 2]"):
+        file.write_text(words)
+        monkeypatch.setattr(sys, "argv", ["replay.py", str(file), "--at", "0"])
+        with pytest.raises(SystemExit, match="is not a trace"):
+            replay.main()
 
 
 def test_untraced_runs_look_at_nothing(tmp_path, tiny, monkeypatch):
