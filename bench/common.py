@@ -45,12 +45,3 @@ def save(path, result):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**facts(), **result}, indent=1) + "\n")
-
-
-def save_figure(figure, axes, path):
-    """Legends and frames as in all figures; next to the JSON file, as SVG and PNG."""
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=150)

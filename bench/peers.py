@@ -32,6 +32,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import plot
 import torch
 from common import RESULTS, load_script, save
 
@@ -52,14 +53,15 @@ NAMES = {  # Meta's, Hugging Face's, GGUF's
 }
 
 
-def export(folder):
-    """Write the default checkpoint as folder/hf and folder/model.gguf, in bfloat16."""
+def export(folder, source):
+    """Write the checkpoint in `source` as folder/hf and folder/model.gguf, in bfloat16."""
     import gguf
     from safetensors.torch import save_file
 
-    source = load_script("llama3-paged").SMOLLM2
     params = json.loads((source / "params.json").read_text())
     w = torch.load(source / "consolidated.00.pth", weights_only=True)
+    if params.get("use_scaled_rope") or "output.weight" in w:
+        raise ValueError("only plain RoPE and tied embeddings are written in the others' formats")
     w = {name.removesuffix(".weight"): weight.bfloat16() for name, weight in w.items()}
     H, Hkv, dim = params["n_heads"], params["n_kv_heads"], params["dim"]
     vocab, ffn = len(w["tok_embeddings"]), len(w["layers.0.feed_forward.w1"])
@@ -361,29 +363,6 @@ def print_table(rows):
             print(f"Decode step, batch {n}: {step:.0f} ms, {times:.2f} times the products alone.")
 
 
-def draw(rows, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "peers"  # The same figure is the same file.
-    from matplotlib import pyplot as plt
-
-    rows = {name: row for name, row in rows.items() if "peak_bytes" in row}
-    figure, axes = plt.subplots(1, len(REQUESTS), figsize=(11, 3.2), sharey=True, layout="tight")
-    for axis, n in zip(axes, REQUESTS, strict=True):
-        values = [row[f"{n} requests"]["tokens_per_s"] for row in rows.values()]
-        looks = {"llama3-paged": ("#1f5fa8", ""), "products alone": ("white", "///")}
-        colors, hatches = zip(*(looks.get(name, ("#a9b4c0", "")) for name in rows), strict=True)
-        bars = axis.barh(list(rows), values, color=colors, edgecolor="#444444", hatch=hatches)
-        axis.bar_label(bars, [f"{value:.0f}" for value in values], padding=3)
-        axis.set(title=f"{n} request{'s' * (n > 1)} at once", xlabel="generated tokens/s")
-        axis.margins(x=0.2)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -401,7 +380,7 @@ def main():
     if args.show:
         rows = json.loads(args.show.read_text())["engines"]
         print_table(rows)
-        draw(rows, args.show)
+        plot.draw("peers", args.show)
         return
     runs = {}
     for name in args.only:
@@ -413,7 +392,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         prompts = read_prompts()
         (Path(folder) / "prompts.json").write_text(json.dumps(prompts))
-        export(Path(folder))
+        export(Path(folder), load_script("llama3-paged").SMOLLM2)
         for i in range(args.rounds):
             for name in args.only:
                 if runs[name]["error"]:
@@ -432,7 +411,7 @@ def main():
             tokens = sum(map(len, prompts))
             save(args.json, {"prompt_tokens": tokens, "new_tokens": NEW_TOKENS, "engines": rows})
     print_table(rows)
-    draw(rows, args.json)
+    plot.draw("peers", args.json)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import plot
 import torch
 import torch.nn.functional as F
-from common import RESULTS, load_script, save, save_figure
+from common import RESULTS, load_script, save
 
 import kernels
 from kvcache import blocks_for
@@ -44,12 +45,12 @@ QUESTION, ANSWER = "Question: what is the code of the {key}?", "The code of the 
 class Bench:
     """The model, and one text at a time that goes through it under a policy."""
 
-    def __init__(self):
+    def __init__(self, argv=("1",)):
         kernels.flash_attn_kernel = None  # It does not take blocks of 16 tokens and fewer.
         self.script = load_script("llama3-tiered")
         # The logits of all tokens, not only of the last of each row.
         self.script.accumulate = lambda lengths: range(1, sum(lengths) + 1)
-        args = self.script.parser.parse_args(["1"])
+        args = self.script.parser.parse_args(argv)
         (self.params, self.w), self.encoding, self.chat = self.script.load(args)
         self.device, self.dtype = args.device, getattr(torch, args.dtype)
         layers, heads, dim = (self.params[name] for name in ("n_layers", "n_kv_heads", "dim"))
@@ -279,7 +280,7 @@ def needle(bench, args):
             yield case
 
 
-# --- Tables and figure ----------------------------------------------------------------------------
+# --- Tables ----------------------------------------------------------------------------
 
 
 def print_tables(result):
@@ -319,67 +320,6 @@ def print_tables(result):
               f"{sum(found):3} of {len(found):2}{more}")  # fmt: skip
 
 
-def draw(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "quality"  # The same figure is the same file.
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="tight")
-    (top_left, top_right), (left, right) = axes
-    styles = {
-        "full": ("#222222", "-", "s"),
-        "window": ("#a9b4c0", ":", "v"),
-        "4 sinks + window": ("#7d8894", "--", "^"),
-        "sink + window": ("#7d8894", "--", "^"),
-        "retrieval": ("#1f5fa8", "-", "o"),
-    }
-
-    def line(axis, name, xs, ys):
-        color, style, marker = styles[name]
-        axis.plot(xs, ys, style, marker=marker, color=color, label=name, markersize=4)
-
-    for case in result["perplexity"]:
-        if case["window"] in (None, 512) and case["policy"] in styles:
-            xs = [BUCKET * (i + 1) for i in range(len(case["nats"]))]
-            line(top_left, case["policy"], xs, [math.exp(nats) for nats in case["nats"]])
-    top_left.axvline(CONTEXT, color="#444444", linewidth=0.8)  # The model's context ends.
-    top_left.set(
-        xlabel="tokens read",
-        ylabel="perplexity",
-        yscale="log",
-        title="Text, HBM for 512 + sink",
-    )
-    both = ("sink + window", "retrieval")
-    for name in both:
-        cases = sorted((c for c in result["kept"] if c["policy"] == name), key=lambda c: c["share"])
-        line(top_right, name, [1 / c["share"] for c in cases], [c["kl"] for c in cases])
-    top_right.set(xlabel="share of 4,096 tokens in HBM", ylabel="KL divergence, nats")
-    top_right.set(title="Next token against full attention", xscale="log", yscale="log")
-    top_right.set_xticks([1 / s for s in SHARES], [f"1/{s}" for s in SHARES])
-    lengths = sorted({case["tokens"] for case in result["needle"]})
-    for name, share in (("full", 1), ("sink + window", 4), ("retrieval", 4), ("retrieval", 8)):
-        cases = [c for c in result["needle"] if (c["policy"], c["share"]) == (name, share)]
-        found = {c["tokens"]: statistics.mean(c["found"]) for c in cases}
-        color, style, marker = styles[name]
-        label = name if share == 1 else f"{name}, 1/{share} in HBM"
-        xs = [n for n in lengths if n in found]
-        shade = "#7fb0e6" if share == 8 else color
-        left.plot(xs, [found[n] for n in xs], style, marker=marker, color=shade, label=label)
-    left.set(xlabel="tokens", ylabel="needles found", ylim=(-0.05, 1.05), title="Needle in noise")
-    for name in ("full", *both):
-        cases = [c for c in result["speed"] if c["policy"] == name]
-        line(right, name, [c["context"] for c in cases], [c["ms"] for c in cases])
-    right.set(xlabel="tokens of context", ylabel="milliseconds", xscale="log", yscale="log")
-    right.set(title="A decode step, HBM for 1,024 tokens")
-    right.set_xticks(xs := [c["context"] for c in cases], [f"{n // 1024}k" for n in xs])
-    right.set_yticks(ms := [25, 50, 100, 200, 400, 800], ms)
-    for axis in (top_right, right):
-        axis.minorticks_off()
-    save_figure(figure, axes.flat, path)
-
-
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(
@@ -406,7 +346,7 @@ def main():
             print(part, case, flush=True)
     print_tables(result)
     if all(part in result for part in PARTS):
-        draw(result, file)
+        plot.draw("quality", file)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import statistics
 import time
 from pathlib import Path
 
+import plot
 import torch
-from common import RESULTS, load_script, save, save_figure
+from common import RESULTS, load_script, save
 
 from inputs import Turn
 from kvcache import TieredCache, blocks_for
@@ -157,51 +158,6 @@ def print_tables(result):
         print(f"{case['context']:7,}{swap:10.1f}{again:12.1f}{again / swap:8.2f}")
 
 
-def draw(result, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "tiers"  # The same figure is the same file.
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="tight")
-    cases = result["first_token"]
-    names = [f"{case['tokens'] // 1000}k x {case['requests']}" for case in cases]
-    series = {
-        "80% in DRAM": (
-            "#1f5fa8",
-            "",
-            [c["seconds"]["computed"] / c["seconds"]["DRAM"] for c in cases],
-        ),
-        "80% in HBM, the limit": (
-            "white",
-            "///",
-            [c["seconds"]["computed"] / c["seconds"]["HBM"] for c in cases],
-        ),
-        "UCM's DRAM store": (
-            "#a9b4c0",
-            "",
-            [1 + UCM.get((c["tokens"], c["requests"]), -1) for c in cases],
-        ),
-    }
-    for i, (label, (color, hatch, values)) in enumerate(series.items()):
-        at = [x + 0.27 * (i - 1) for x in range(len(names))]
-        left.bar(at, values, 0.27, label=label, color=color, hatch=hatch, edgecolor="#444444")
-    left.set(ylabel="times sooner than computed", xlabel="tokens x requests", title="First token")
-    left.set_xticks(range(len(names)), names, fontsize=8)
-    left.axhline(1, color="#444444", linewidth=0.8)
-    for way, style in (("swap", "-o"), ("recompute", "--s")):
-        contexts = [case["context"] for case in result["resume"]]
-        seconds = [case[way] * 1000 for case in result["resume"]]
-        color = {"swap": "#1f5fa8", "recompute": "#7d8894"}[way]
-        right.plot(contexts, seconds, style, label=way, color=color)
-    right.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="milliseconds")
-    right.set(title="A preempted request's next token")
-    right.set_xticks(CONTEXTS, [f"{n:,}" for n in CONTEXTS], fontsize=8)
-    right.minorticks_off()
-    save_figure(figure, (left, right), path)
-
-
 @torch.inference_mode()
 def main():
     parser = argparse.ArgumentParser(
@@ -219,7 +175,7 @@ def main():
     if args.show:
         result = json.loads(args.show.read_text())
         print_tables(result)
-        draw(result, args.show)
+        plot.draw("tiers", args.show)
         return
     bench = Bench()
     bench.hit("computed", 512, 1)  # Warms up.
@@ -246,7 +202,7 @@ def main():
             save(args.json, result)
             print(f"{n_tokens} tokens, {n_requests} requests: {medians}", flush=True)
     print_tables(result)
-    draw(result, args.json)
+    plot.draw("tiers", args.json)
 
 
 if __name__ == "__main__":

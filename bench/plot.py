@@ -1,0 +1,265 @@
+"""Draws the figures from the JSON files in bench/results/, beside them, as SVG and PNG.
+
+    python bench/plot.py                    all of them
+    python bench/plot.py compare quality    some
+
+A strategy has the same color and the same hatching or line in all figures, so that they can be told
+apart in grey, too.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+
+from common import RESULTS
+
+INK = "#444444"
+STRATEGIES = {  # Color; hatching of its bars; line and marker of its curves
+    "naive": ("#c3cad2", "", "-", "s"),
+    "virtual": ("#e0a526", "..", "-", "D"),
+    "paged": ("#1f5fa8", "", "-", "o"),
+    "paged-max": ("#1f5fa8", "//", "-", "o"),
+    "tiered": ("#7a4fa3", "\\\\", "-", "p"),
+    "window": ("#3f9b6d", "xx", "--", "^"),
+    "retrieval": ("#b8443c", "", "-", "o"),
+    "generate": ("white", "///", ":", "v"),
+    "full": ("#222222", "", "-", "s"),
+    "other": ("#9aa5b0", "", ":", "v"),
+}
+
+
+def bars(axis, names, values, labels, looks=None):
+    """Horizontal bars, the first on top. looks: {name: strategy}, by default its own."""
+    strategies = names if looks is None else [looks.get(name, "other") for name in names]
+    colors, hatches, *_ = zip(*(STRATEGIES[strategy] for strategy in strategies), strict=True)
+    drawn = axis.barh(names, values, color=colors, hatch=hatches, edgecolor=INK)
+    axis.bar_label(drawn, labels, padding=3)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.margins(x=0.2)
+
+
+def line(axis, strategy, xs, ys, **others):
+    color, _, style, marker = STRATEGIES[strategy]
+    look = {"color": color, "linestyle": style, "marker": marker, "markersize": 4}
+    axis.plot(xs, ys, **{**look, **others})
+
+
+# --- bench/compare.py -----------------------------------------------------------------------------
+
+
+def time_per_token(axis, rows):
+    names = list(rows)
+    values = [row["token_ms"] for row in rows.values()]
+    labels = [f"{row['token_ms']:.0f} ({row['max_batch']} at once)" for row in rows.values()]
+    bars(axis, names, values, labels)
+    axis.margins(x=0.4)
+    axis.set(xlabel="milliseconds per token of an answer, median", title="Time per token")
+
+
+def memory(axis, rows):
+    names = list(rows)
+    used = [row["used_bytes"] / 1e9 for row in rows.values()]
+    rest = [(row["reserved_bytes"] - row["used_bytes"]) / 1e9 for row in rows.values()]
+    colors = [STRATEGIES[name][0] for name in names]
+    axis.barh(names, used, color=colors, edgecolor=INK, label="used")
+    wasted = axis.barh(
+        names, rest, left=used, color="#f0f0f0", edgecolor=INK, hatch="....", label="fragmented"
+    )
+    labels = [f"{row['fragmented_of_reserved']:.1%}" for row in rows.values()]
+    axis.bar_label(wasted, labels, padding=3)
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    axis.set(xlabel="GB reserved at the peak; fragmented, of reserved", title="Memory")
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def max_batch(axis, rows):
+    rows = {name: row["most_at_once"] for name, row in rows.items() if "most_at_once" in row}
+    rows.pop("paged-max", None)
+    bars(axis, list(rows), list(rows.values()), list(rows.values()))
+    axis.set(xlabel="requests, none of which has to wait", title="Most requests at once")
+
+
+def quality_and_memory(axis, rows):
+    """Bytes reserved for a request at the peak, against perplexity."""
+    for name, row in rows.items():
+        if name not in ("paged-max", "generate"):
+            color, _, _, marker = STRATEGIES[name]
+            x, y = row["reserved_bytes"] / row["max_batch"] / 1e6, row.get("perplexity_of_full", 1)
+            axis.plot(
+                [x],
+                [y],
+                marker=marker,
+                color=color,
+                markeredgecolor=INK,
+                markersize=9,
+                linestyle="",
+            )
+            axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 6), fontsize=9)
+    axis.set(
+        xscale="log",
+        xlabel="MB reserved for a request at the peak",
+        ylabel="perplexity, over that of full attention",
+        title="Quality against memory",
+    )
+    axis.margins(x=0.25, y=0.25)
+
+
+def compare(plt, result):
+    rows = {name: row for name, row in result["strategies"].items() if "error" not in row}
+    parts = {
+        "time": time_per_token,
+        "memory": memory,
+        "batch": max_batch,
+        "quality": quality_and_memory,
+    }
+    sheet, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="tight")
+    yield "", sheet
+    for axis, (name, draw) in zip(axes.flat, parts.items(), strict=True):
+        draw(axis, rows)
+        figure, alone = plt.subplots(figsize=(6.5, 3.8), layout="tight")
+        draw(alone, rows)
+        yield f"-{name}", figure
+
+
+# --- The other benchmarks -------------------------------------------------------------------------
+
+
+def peers(plt, result):
+    """bench/peers.py"""
+    rows = {name: row for name, row in result["engines"].items() if "peak_bytes" in row}
+    looks = {"llama3-paged": "paged", "products alone": "generate"}
+    counts = [key for key in next(iter(rows.values())) if key.endswith(" requests")]
+    figure, axes = plt.subplots(1, len(counts), figsize=(11, 3.2), sharey=True, layout="tight")
+    for axis, count in zip(axes, counts, strict=True):
+        values = [row[count]["tokens_per_s"] for row in rows.values()]
+        bars(axis, list(rows), values, [f"{value:.0f}" for value in values], looks)
+        axis.set(title=f"{count} at once", xlabel="generated tokens/s")
+    yield "", figure
+
+
+def tiers(plt, result):
+    """bench/tiers.py"""
+    from tiers import UCM
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="tight")
+    cases = result["first_token"]
+    names = [f"{case['tokens'] // 1000}k x {case['requests']}" for case in cases]
+    seconds = [case["seconds"] for case in cases]
+    series = {
+        "80% in DRAM": ("tiered", [s["computed"] / s["DRAM"] for s in seconds]),
+        "80% in HBM, the limit": ("generate", [s["computed"] / s["HBM"] for s in seconds]),
+        "UCM's DRAM store": (
+            "other",
+            [1 + UCM.get((c["tokens"], c["requests"]), -1) for c in cases],
+        ),
+    }
+    for i, (label, (look, values)) in enumerate(series.items()):
+        color, hatch, *_ = STRATEGIES[look]
+        at = [x + 0.27 * (i - 1) for x in range(len(names))]
+        left.bar(at, values, 0.27, label=label, color=color, hatch=hatch, edgecolor=INK)
+    left.set(ylabel="times sooner than computed", xlabel="tokens x requests", title="First token")
+    left.set_xticks(range(len(names)), names, fontsize=8)
+    left.axhline(1, color=INK, linewidth=0.8)
+    contexts = [case["context"] for case in result["resume"]]
+    for way, look, style in (("swap", "tiered", "-"), ("recompute", "paged", "--")):
+        ms = [case[way] * 1000 for case in result["resume"]]
+        line(right, look, contexts, ms, label=way, linestyle=style)
+    right.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="milliseconds")
+    right.set(title="A preempted request's next token")
+    right.set_xticks(contexts, [f"{n:,}" for n in contexts], fontsize=8)
+    right.minorticks_off()
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
+    yield "", figure
+
+
+def quality(plt, result):
+    """bench/quality.py"""
+    from quality import BUCKET, CONTEXT
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="tight")
+    (text, kept), (needle, speed) = axes
+    looks = {"full": "full", "window": "other", "4 sinks + window": "window",
+             "sink + window": "window", "retrieval": "retrieval"}  # fmt: skip
+    for case in result["perplexity"]:
+        name = case["policy"]
+        if case["window"] in (None, 512) and name in looks:
+            xs = [BUCKET * (i + 1) for i in range(len(case["nats"]))]
+            line(text, looks[name], xs, [math.exp(nats) for nats in case["nats"]], label=name)
+    text.axvline(CONTEXT, color=INK, linewidth=0.8)  # The model's context ends.
+    text.set(xlabel="tokens read", ylabel="perplexity", yscale="log")
+    text.set(title="Text, HBM for 512 + sink")
+    both = ("sink + window", "retrieval")
+    for name in both:
+        cases = sorted((c for c in result["kept"] if c["policy"] == name), key=lambda c: c["share"])
+        shares = [1 / case["share"] for case in cases]
+        line(kept, looks[name], shares, [case["kl"] for case in cases], label=name)
+    kept.set(xlabel="share of 4,096 tokens in HBM", ylabel="KL divergence, nats")
+    kept.set(title="Next token against full attention", xscale="log", yscale="log")
+    kept.set_xticks(shares, [f"1/{case['share']}" for case in cases])
+    for name, share in (("full", 1), ("sink + window", 4), ("retrieval", 4), ("retrieval", 8)):
+        cases = [c for c in result["needle"] if (c["policy"], c["share"]) == (name, share)]
+        found = {c["tokens"]: statistics.mean(c["found"]) for c in cases}
+        label = name if share == 1 else f"{name}, 1/{share} in HBM"
+        more = {"linestyle": ":", "marker": "o", "markerfacecolor": "white"} if share == 8 else {}
+        xs = sorted(found)
+        line(needle, looks[name], xs, [found[n] for n in xs], label=label, **more)
+    needle.set(xlabel="tokens", ylabel="share of needles found", ylim=(-0.05, 1.05))
+    needle.set(title="Needle in noise")
+    for name in ("full", *both):
+        cases = [case for case in result["speed"] if case["policy"] == name]
+        xs = [case["context"] for case in cases]
+        line(speed, looks[name], xs, [case["ms"] for case in cases], label=name)
+    speed.set(xlabel="tokens of context", ylabel="milliseconds", xscale="log", yscale="log")
+    speed.set(title="A decode step, HBM for 1,024 tokens")
+    speed.set_xticks(xs, [f"{n // 1024}k" for n in xs])
+    speed.set_yticks(ms := [25, 50, 100, 200, 400, 800], ms)
+    for axis in (kept, speed):
+        axis.minorticks_off()
+    for axis in axes.flat:
+        axis.legend(frameon=False, fontsize=8)
+    yield "", figure
+
+
+FIGURES = {"compare": compare, "peers": peers, "tiers": tiers, "quality": quality}
+
+
+def draw(name, path):
+    """Draw the result that bench/NAME.py has written to path."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        sys.exit(f"{error}: pip install -r bench/requirements.txt")
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {
+        "svg.hashsalt": name,  # The same figure is the same file.
+        "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6,
+    }  # fmt: skip
+    from matplotlib import pyplot as plt
+
+    for suffix, figure in FIGURES[name](plt, json.loads(path.read_text())):
+        for kind, more in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
+            figure.savefig(path.with_name(path.stem + suffix + kind), **more)
+        plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIGURES))
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(FIGURES):
+        parser.error(f"no such figures: {', '.join(unknown)}")
+    for name in args.names or FIGURES:
+        if (path := RESULTS / f"{name}.json").exists():
+            draw(name, path)
+        else:
+            print(f"{path} does not exist: python bench/{name}.py writes it.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
