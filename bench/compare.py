@@ -28,12 +28,14 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from itertools import accumulate
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def options_for(name, args):
 
 
 class Search:
-    """Runs the scripts with a model that computes nothing."""
+    """Runs a script with a model that computes nothing."""
 
     def __init__(self, args):
         script = load_script("llama3-paged")
@@ -91,6 +93,7 @@ class Search:
         return result["max_batch"]["peak"] == n and not result["preemptions"]
 
     def most(self, name):
+        """The largest number of requests that run at once."""
         few, many = 0, 1
         while self.runs_at_once(name, many):
             few, many = many, 2 * many
@@ -160,6 +163,15 @@ def generate(args, file):
 # --- Runs -----------------------------------------------------------------------------------------
 
 
+def apart(function, *args):
+    """What function(*args) returns, in a process of its own: this one must stay small.
+
+    (A child counts as at least as large as its parent was when it began.)
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
 def run(command, file):
     """The JSON that a command writes to file, with its peak resident memory in bytes."""
     with tempfile.TemporaryFile() as err:
@@ -200,24 +212,31 @@ def row_of(results):
     }  # fmt: skip
 
 
-def quality(args, name, n=2048):
-    """Perplexity relative to full attention, and how often the greedy token is the same."""
+def quality(name, args, n=2048):
+    """Perplexity relative to full attention, how often the greedy token is the same, HBM."""
     from quality import Bench, policies
 
     bench = Bench(["1", "--model", str(args.model)])
     tokens = bench.manual(n)
-    after, nats, chosen = torch.tensor(tokens[1:]), [], []
+    after, nats, chosen, sizes = torch.tensor(tokens[1:]), [], [], []
     with torch.inference_mode():
         for policy in ({}, policies(HBM)[LOSSY[name]]):
             cache = bench.cache(n, 16, **policy)
             logits = torch.cat(list(bench.read(cache, tokens)))[:-1].cpu()
             nats.append(torch.nn.functional.cross_entropy(logits, after).item())
             chosen.append(logits.argmax(1))
+            sizes.append(bench.hbm_bytes(cache))
     same = (chosen[0] == chosen[1]).float().mean().item()
-    return {"perplexity_of_full": math.exp(nats[1] - nats[0]), "same_token": same}
+    perplexity = math.exp(nats[1] - nats[0])
+    size = {"full": sizes[0], "here": sizes[1]}
+    return {"perplexity_of_full": perplexity, "same_token": same, "text_bytes": size}
 
 
-def measure(name, args, search, folder):
+def most_at_once(name, args):
+    return Search(args).most(name)
+
+
+def measure(name, args, folder):
     """A column of the table."""
     n, file, runs = args.requests, folder / "result.json", []
     if name == "generate":
@@ -225,7 +244,7 @@ def measure(name, args, search, folder):
         runs.append(run(command, file))
         most, results = runs[0].get("most_at_once"), runs[0].get("batches")
     else:
-        most = max(1, search.most(name))
+        most = max(1, apart(most_at_once, name, args))
         n = most if name == "paged-max" else n
         for first in range(0, n, most if name == "naive" else n):
             size = min(most, n - first) if name == "naive" else n
@@ -239,7 +258,7 @@ def measure(name, args, search, folder):
         return {"error": error}
     row = {"requests": n, "most_at_once": most, **row_of(results)}
     row["peak_memory_bytes"] = max(done["peak_memory_bytes"] for done in runs)
-    return row | (quality(args, name) if name in LOSSY else {})
+    return row | (apart(quality, name, args) if name in LOSSY else {})
 
 
 # --- Table ----------------------------------------------------------------------------------------
@@ -300,12 +319,11 @@ def main():
              "kv_gb": args.kv_gb, "model": args.model.resolve().name}  # fmt: skip
     before = json.loads(args.json.read_text()) if args.json.exists() else {}
     rows = before.get("strategies", {}) if before.get("asked") == asked else {}
-    search = Search(args)
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(args.only):
             print(f"{i + 1} of {len(args.only)}: {name} ...", end="", file=sys.stderr, flush=True)
             start = time.perf_counter()
-            rows[name] = measure(name, args, search, Path(folder))
+            rows[name] = measure(name, args, Path(folder))
             rows = {known: rows[known] for known in STRATEGIES if known in rows}
             save(args.json, {"asked": asked, "strategies": rows})
             speed = rows[name].get("error") or f"{rows[name]['tokens_per_s']:.0f} tokens/s"

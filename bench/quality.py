@@ -203,11 +203,15 @@ class Bench:
             start = time.perf_counter()
             self.step(cache, [random.randrange(1000, 40000)]).sum().item()
             seconds.append(time.perf_counter() - start)
-        hbm = (len(cache.pool.ref_count) - cache.pool.n_free()) * cache.kv[:, :, 0].nbytes
-        if isinstance(cache, RetrievalCache):
-            used = cache.away[0].bounds[:, :, : len(cache.away[0].dram)]
-            hbm += used.numel() * used.element_size()
-        return statistics.median(seconds[3:]) * 1000, hbm
+        return statistics.median(seconds[3:]) * 1000, self.hbm_bytes(cache)
+
+    def hbm_bytes(self, cache):
+        """What the text takes in HBM: its blocks there, and the bounds of those that have left."""
+        blocks = (len(cache.pool.ref_count) - cache.pool.n_free()) * cache.kv[:, :, 0].nbytes
+        if not isinstance(cache, RetrievalCache):
+            return blocks
+        bounds = cache.away[0].bounds[:, :, : len(cache.away[0].dram)]
+        return blocks + bounds.numel() * bounds.element_size()
 
 
 def policies(hbm):
