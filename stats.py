@@ -30,7 +30,7 @@ TIERS = """
 Blocks found       {shared:,.0f} in HBM ({hits:.1%}), {fetched:,.0f} in DRAM
 Blocks moved       {up:.2f} GB fetched{link}; {spilled:,} to DRAM ({down:.2f} GB)
 Blocks dropped     {dropped:,} for good
-Later turns        {later} s to their first token (median)"""
+Later turns        {later}"""
 
 
 class Stats:
@@ -151,7 +151,7 @@ class Stats:
         if tiers := self.tiers:
             down, up = (tiers[way] * tiers["block_bytes"] / 1e9 for way in ("spilled", "fetched"))
             waits = [wait for wait in tiers["later_first_token_s"] if wait]
-            later = f"{median(waits):.2f}" if waits else "-"
+            later = f"{median(waits):.2f} s to their first token (median)" if waits else "none"
             link = f", at most {args.link_gbs:g} GB/s (--link-gbs)" if args.link_gbs else ""
             hits = tiers["shared"] / (tiers["shared"] + tiers["fetched"] or 1)
             more = {"down": down, "up": up, "later": later}

@@ -1824,6 +1824,66 @@ def test_untraced_runs_look_at_nothing(tmp_path, tiny, monkeypatch):
         run(script, tiny, tmp_path, ["a"], "--max-new-tokens", 2)
 
 
+# --- Benchmarks -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "bench"))
+    return load_by_path(HERE / "bench" / "compare.py")
+
+
+def test_a_row_of_the_comparison_by_hand(compare):
+    """Two batches, the second of which waits for the first, 10 seconds."""
+
+    def batch(first, per_token, reserved, used, decode_s, generated):
+        clock = {"prefill_s": 1.0, "decode_s": decode_s, "manager_s": 1.0, "steps": 5}
+        clock |= {"first_token_s": first, "per_token_s": per_token}
+        kv = {"peak_reserved_bytes": reserved, "peak_used_bytes": used}
+        batch = {"peak": len(first)}
+        return {"time": clock, "kv": kv, "max_batch": batch, "generated_tokens": generated}
+
+    first = batch([2.0, 1.0, 3.0], [0.1, 0.2, 0.4], 100, 10, 8.0, 50)
+    second = batch([1.5, None], [0.3, None], 100, 40, 3.0, 25)
+    row = compare.row_of([first, second])
+    assert row == {
+        "max_batch": 3, "reserved_bytes": 100, "used_bytes": 40, "fragmented_of_reserved": 0.6,
+        "tokens_per_s": 75 / 15, "first_token_s": 2.5, "first_token_99_s": 11.5,
+        "token_ms": pytest.approx(250), "step_ms": 1500, "manager_share": 2 / 15,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["naive", "virtual", "paged", "window"])
+def test_the_largest_batch_is_found(compare, tiny, tmp_path, name):
+    """One request more has to wait, also for a model that computes."""
+    folder = make_checkpoint(tmp_path / "model", chat={**CHAT, "stop": []})
+    options = {"model": folder, "kv_gb": 0.02, "max_new_tokens": 40}
+    most = compare.Search(SimpleNamespace(**options)).most(name)
+    script, extra = compare.STRATEGIES[name]
+    script = {"llama3-naive": NAIVE, "llama3-virtual": VIRTUAL, "llama3-paged": PAGED}.get(
+        script, TIERED
+    )
+    assert most == 9 if name == "naive" else most > 3
+    for n in (most, most + 1):
+        argv = [n, *extra, "--model", folder, "--kv-gb", 0.02, "--max-new-tokens", 40]
+        argv += ["--json", tmp_path / "out.json", "--dtype", "bfloat16", "--device", "cpu"]
+        try:
+            script.main([str(a) for a in argv])
+            result = json.loads((tmp_path / "out.json").read_text())
+            at_once = result["max_batch"]["peak"] == n and not result["preemptions"]
+        except SystemExit:
+            at_once = False
+        assert at_once == (n == most)
+
+
+def test_a_failing_strategy_is_a_row_that_says_so(compare, tmp_path):
+    command = ["-c", "import sys; print('working', file=sys.stderr); sys.exit('There is no room.')"]
+    assert compare.run(command, tmp_path / "out.json") == {"error": "There is no room."}
+    code = "import sys; open(sys.argv[1], 'w').write('{}'); x = bytes(300_000_000)"
+    done = compare.run(["-c", code, tmp_path / "out.json"], tmp_path / "out.json")
+    assert done["peak_memory_bytes"] > 300e6
+
+
 # --- Mistakes -------------------------------------------------------------------------------------
 
 MISTAKES = {

@@ -1,7 +1,7 @@
 """Everything beside everything: one table of all strategies on the same prompts and budget.
 
     pip install -r bench/requirements.txt
-    python bench/compare.py                             everything: 17 minutes on two cores
+    python bench/compare.py                             everything: 13 minutes on two cores
     python bench/compare.py --only naive paged --requests 20
     python bench/plot.py compare                        draws the figures again
 
@@ -16,7 +16,7 @@ generate    transformers' generate(), seven requests of similar length at a time
             than larger batches (bench/peers.py)
 
 Each runs in a process of its own; what fails is a column that says so. The JSON file is written
-after each run, and --only measures some columns of it again. Two figures are not from these runs.
+after each run, and --only measures some columns of it again. Three rows are not from these runs.
 `most at once` is the largest number of requests of which none has to wait: found by running the
 script's loop with a model that chooses tokens without computing anything, so that all answers are
 of full length. `perplexity / full` and `same token as full` compare with full attention what the
@@ -261,6 +261,16 @@ def measure(name, args, folder):
     return row | (apart(quality, name, args) if name in LOSSY else {})
 
 
+def medians(rows):
+    """The median of each figure; a round that failed makes the row one that failed."""
+    for row in rows:
+        if "error" in row:
+            return row
+    names = [name for name in rows[0] if name != "text_bytes"]
+    row = {name: statistics.median_low([row[name] for row in rows]) for name in names}
+    return {**rows[0], **row, "rounds": len(rows)}
+
+
 # --- Table ----------------------------------------------------------------------------------------
 
 TABLE = {  # What is printed: from which figure, and how
@@ -288,8 +298,8 @@ def print_table(rows):
         cells = []
         for row in rows.values():
             value = row.get(key)
-            exact = "exact" if key in ("perplexity_of_full", "same_token") else "-"
-            cells.append(exact if value is None else form.format(value * (factor or [1])[0]))
+            none = "exact" if key in ("perplexity_of_full", "same_token") else "-"
+            cells.append(none if value is None else form.format(value * (factor or [1])[0]))
             cells[-1] = "failed" if "error" in row else cells[-1]
         print(f"{title:24}" + "".join(f"{cell:>11}" for cell in cells))
     for name, row in rows.items():
@@ -303,6 +313,7 @@ def main():
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=STRATEGIES, metavar="NAME", default=[*STRATEGIES])
+    add("--rounds", type=int, default=1, metavar="N", help="medians of so many, in turn (1)")
     add("--requests", type=int, default=49, metavar="N")
     add("--max-new-tokens", type=int, default=256, metavar="LEN")
     add("--kv-gb", type=float, default=1.4, metavar="GB")
@@ -319,14 +330,18 @@ def main():
              "kv_gb": args.kv_gb, "model": args.model.resolve().name}  # fmt: skip
     before = json.loads(args.json.read_text()) if args.json.exists() else {}
     rows = before.get("strategies", {}) if before.get("asked") == asked else {}
+    runs = [name for _ in range(args.rounds) for name in args.only]
+    measured = {name: [] for name in args.only}
     with tempfile.TemporaryDirectory() as folder:
-        for i, name in enumerate(args.only):
-            print(f"{i + 1} of {len(args.only)}: {name} ...", end="", file=sys.stderr, flush=True)
+        for i, name in enumerate(runs):
+            print(f"{i + 1} of {len(runs)}: {name} ...", end="", file=sys.stderr, flush=True)
             start = time.perf_counter()
-            rows[name] = measure(name, args, Path(folder))
+            measured[name].append(measure(name, args, Path(folder)))
+            rows[name] = medians(measured[name])
             rows = {known: rows[known] for known in STRATEGIES if known in rows}
             save(args.json, {"asked": asked, "strategies": rows})
-            speed = rows[name].get("error") or f"{rows[name]['tokens_per_s']:.0f} tokens/s"
+            row = measured[name][-1]
+            speed = row.get("error") or f"{row['tokens_per_s']:.0f} tokens/s"
             print(f" {speed}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print_table(rows)
     plot.draw("compare", args.json)
