@@ -65,6 +65,9 @@ def load(args):
     Two things differ from the file: matrices that multiply the same vector are one (attention.wqkv,
     feed_forward.w13), and "output" is there even if it is the embeddings.
     """
+    files = [Path(file).resolve() for file in (args.prompts, args.json, args.trace) if file]
+    if len(set(files)) < len(files):
+        sys.exit("--prompts, --json and --trace have to be different files.")
     build = [sys.executable, HERE / "models" / "smollm2.py"]
     if args.model == SMOLLM2 and not SMOLLM2.exists() and subprocess.run(build).returncode:
         sys.exit(1)

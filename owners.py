@@ -52,7 +52,7 @@ def rows(n_cells, n_slots, seq_len, live):
 
 
 def blocks(cache, requests):
-    """A PagedCache. requests: the number of each row's."""
+    """A PagedCache. requests: for each row, the number of its request."""
     size, cells = cache.block_size, {}
     for row, request in enumerate(requests):
         n, ids = int(cache.seq_len[row]), cache.block_table[row, : cache.n_owned[row]].tolist()
@@ -81,11 +81,11 @@ def pages(cache, requests):
 
 
 def tiers(cache, running, waiting):
-    """The caches of llama3-tiered.py. A request is a Turn here; its conversation is its number."""
+    """The caches of llama3-tiered.py. A Turn has the number of its conversation."""
     found = blocks(cache, [turn.place[0] for turn in running])
     (_, size, hbm), dram = found["HBM"], {}
     if isinstance(cache, WindowCache):
-        # What is set aside has no place yet: the blocks that would be taken last stand for it.
+        # Set aside, but no particular blocks yet: those that would be taken last stand for them.
         spare = iter(cache.pool.free_ids)
         for row, turn in enumerate(running):
             back = cache.away[row].slots if isinstance(cache, RetrievalCache) else []
@@ -98,7 +98,7 @@ def tiers(cache, running, waiting):
     if isinstance(cache, TieredCache):
         hbm.update(dict.fromkeys(cache.pool.idle, (None, KEPT)))
         dram = dict.fromkeys(cache.dram_pool.named, (None, KEPT))
-        for turn in (*waiting, *running):
+        for turn in waiting:
             for block in cache.store.lookup(turn.tokens):
                 for place, cells in ((block.hbm, hbm), (block.dram, dram)):
                     owner, tokens = cells.get(place, (None, 0))

@@ -12,13 +12,14 @@ from statistics import median
 
 import torch
 
+from inputs import or_exit
 from owners import Trace
 
 REPORT = """
 Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
 Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode: {tokens_per_s:.0f} tokens/s
 Manager            {manager_s:.3f} s in {steps} steps, {share:.2%} of it; {preemptions} preemptions
-First token        after {first:.2f} s, 99% after {slow:.2f} s; then {each:.0f} ms a token (medians)
+First token        after {first:.2f} s, 99% within {slow:.2f} s; then {each:.0f} ms a token
 Max batch          {peak} in this run, {fits} would fit on average, naive fits {naive_fits}
 Reserved           {gb[peak_reserved_bytes]:.3f} GB of {gb[budget_bytes]:.3f} GB at the peak
 Used               {gb[peak_used_bytes]:.3f} GB
@@ -51,7 +52,8 @@ class Stats:
         self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0}
         self.preemptions, self.tiers = 0, {}  # tiers: TieredCache.counts and more.
         self.start = None  # When the first step began.
-        self.times = {}  # request: seconds from then, or from its arrival, to first and last token.
+        # request: seconds from then (llama3-tiered.py: from its arrival) to first and last token.
+        self.times = {}
         fits = f"{self.budget // size:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
         print(f"KV cache: {self.budget / 1e9:.2f} GB, {size:,} bytes a token: {fits}.", flush=True)
 
@@ -84,11 +86,12 @@ class Stats:
         running, reserved, used = self.samples[-1]
         step = {"seconds": round(time.perf_counter() - self.start, 4), "running": running}
         step |= {"reserved_bytes": reserved, "used_bytes": used}
-        if len(self.samples) == 1:
-            run = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-            run |= {"budget_bytes": self.budget, "bytes_per_token": self.bytes_per_token}
-            self.trace_file = Trace(self.args.trace, run, tiers)
-        self.trace_file.add(step, tiers)
+        with or_exit(f"--trace {self.args.trace} cannot be written"):
+            if len(self.samples) == 1:
+                run = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+                run |= {"budget_bytes": self.budget, "bytes_per_token": self.bytes_per_token}
+                self.trace_file = Trace(self.args.trace, run, tiers)
+            self.trace_file.add(step, tiers)
 
     def report(self, texts, prompts, tokens, decode, stop):
         """Print the answers to `texts`, then the statistics; both go into --json FILE as well.
@@ -141,8 +144,6 @@ class Stats:
             ],
         }
         # fmt: on
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1, default=str))
         sys.stdout.reconfigure(errors="replace")  # Whatever the terminal can show.
         print(end="\r\033[K" if sys.stderr.isatty() else "", file=sys.stderr)
         for i, response in enumerate(result["responses"]):
@@ -164,3 +165,6 @@ class Stats:
             "each": 1000 * median([each for each in per_token if each] or [0]),
         }  # fmt: skip
         print(REPORT.format(**flat, **more, gb=gb), flush=True)
+        if args.json:
+            with or_exit(f"--json {args.json} cannot be written"):
+                Path(args.json).write_text(json.dumps(result, indent=1, default=str))

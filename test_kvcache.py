@@ -1360,7 +1360,7 @@ def test_statistics_by_hand(tmp_path, capsys, monkeypatch):
     assert result["time"]["first_token_s"] == [1.0, 3.5]
     assert result["time"]["per_token_s"] == [1.25, None]
     out = capsys.readouterr().out
-    assert "after 2.25 s, 99% after 3.50 s; then 1250 ms a token (medians)\n" in out
+    assert "after 2.25 s, 99% within 3.50 s; then 1250 ms a token\n" in out
     assert out.endswith("Fragmented Memory: 0.00 GB (8.00%)\n")
 
 
@@ -1810,7 +1810,10 @@ def test_a_replay_shows_what_was_traced(tmp_path, tiny, monkeypatch, capsys):
     replay.main()
     (traces,) = re.findall(r"^const traces = (.*?);  //", (tmp_path / "page").read_text(), re.M)
     assert json.loads(traces) == [[json.loads(line) for line in file.read_text().splitlines()]]
-    for words in ("nothing", '{"tiers": {}}', "[1, 2]"):
+    whole = file.read_text()
+    file.write_text(whole[:-9])  # Of a run that was killed.
+    assert len(replay.Replay(file).steps) == 4
+    for words in ("", "nothing", "[1, 2]", whole.splitlines()[0] + "\n", whole + "{}\n"):
         file.write_text(words)
         monkeypatch.setattr(sys, "argv", ["replay.py", str(file), "--at", "0"])
         with pytest.raises(SystemExit, match="is not a trace"):
@@ -1876,12 +1879,32 @@ def test_the_largest_batch_is_found(compare, tiny, tmp_path, name):
         assert at_once == (n == most)
 
 
+def test_nothing_measured_is_lost(compare, tmp_path, monkeypatch, capsys):
+    """A failed run leaves the column as it was; results of other questions are not touched."""
+    file, good = tmp_path / "out.json", {"tokens_per_s": 5.0, "requests": 3}
+    monkeypatch.setattr(compare.plot, "draw", lambda *_: None)
+    argv = ["compare.py", "--only", "naive", "--json", str(file), "--requests"]
+    for requests, result in (("3", good), ("3", {"error": "No room."}), ("4", good)):
+        monkeypatch.setattr(sys, "argv", [*argv, requests])
+        monkeypatch.setattr(compare, "measure", lambda *_, result=result: dict(result))
+        try:
+            compare.main()
+        except SystemExit as refused:
+            assert requests == "4" and "give another --json" in refused.code
+        assert json.loads(file.read_text())["strategies"]["naive"]["tokens_per_s"] == 5.0
+    assert "No room." in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*argv[:-2], str(tmp_path / "new.json")])
+    monkeypatch.setattr(compare, "measure", lambda *_: 1 / 0)
+    compare.main()
+    assert "naive: ZeroDivisionError" in capsys.readouterr().out
+
+
 def test_a_failing_strategy_is_a_row_that_says_so(compare, tmp_path):
     command = ["-c", "import sys; print('working', file=sys.stderr); sys.exit('There is no room.')"]
     assert compare.run(command, tmp_path / "out.json") == {"error": "There is no room."}
-    code = "import sys; open(sys.argv[1], 'w').write('{}'); x = bytes(300_000_000)"
+    code = "import sys; open(sys.argv[1], 'w').write('{}'); x = b'x' * 600_000_000"
     done = compare.run(["-c", code, tmp_path / "out.json"], tmp_path / "out.json")
-    assert done["peak_memory_bytes"] > 300e6
+    assert done["peak_memory_bytes"] > 600e6
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
@@ -1910,6 +1933,7 @@ MISTAKES = {
     "no such device": ["2", "--device", "tpu"],
     "no such folder for JSON": ["2", "--json", "nowhere/out.json"],
     "a folder for a trace": ["2", "--trace", "{tmp}"],
+    "one file for two things": ["2", "--trace", "{tmp}/new", "--json", "{tmp}/new"],
 }
 VIRTUAL_MISTAKES = {"half a page": ["2", "--page-kb", "2"], "no page": ["2", "--page-kb", "0"]}
 PAGED_MISTAKES = {"block of nothing": ["2", "--block-size", "0"]}

@@ -2,25 +2,27 @@
 
     pip install -r bench/requirements.txt
     python bench/compare.py                             everything: 13 minutes on two cores
-    python bench/compare.py --only naive paged --requests 20
-    python bench/plot.py compare                        draws the figures again
+    python bench/compare.py --only naive paged --requests 20 --json some.json
+    python bench/plot.py compare                        draws the figures of the first again
 
 naive       llama3-naive.py, as many requests at a time as there is room for
 virtual     llama3-virtual.py
 paged       llama3-paged.py
 paged-max   the same with as many requests as can run at once
 tiered      llama3-tiered.py in a seventh of the budget, with DRAM below it
-window      the same in all of it, with a sink of 16 tokens and a window of 240
+window      llama3-tiered.py in the whole budget, with a sink of 16 tokens and a window of 240
 retrieval   the same with a window of 64, and 176 tokens from DRAM
 generate    transformers' generate(), seven requests of similar length at a time, which is faster
             than larger batches (bench/peers.py)
 
 Each runs in a process of its own; what fails is a column that says so. The JSON file is written
 after each run, and --only measures some columns of it again. Three rows are not from these runs.
-`most at once` is the largest number of requests of which none has to wait: found by running the
-script's loop with a model that chooses tokens without computing anything, so that all answers are
-of full length. `perplexity / full` and `same token as full` compare with full attention what the
-model makes of 2,048 tokens of Python's manual, read in chunks of 16.
+`most at once` is the largest number of requests of which none waits for another's end: found by
+running the script's loop with a model that chooses tokens without computing anything, so that all
+answers are of full length (for generate: one padded batch, by its size). `perplexity / full` and
+`same token as full` compare with full attention what the model makes of 2,048 tokens of Python's
+manual, read in chunks of 16. `ms per step` is a run's time over its steps, prefill included; `ms
+per token after it` the median of the requests' means; peak memory the process's resident set.
 """
 
 import argparse
@@ -41,7 +43,9 @@ from pathlib import Path
 
 import plot
 import torch
-from common import REPO, RESULTS, load_script, save
+from common import REPO, RESULTS, facts, load_script, save
+
+from inputs import SMOLLM2, at_least, or_exit
 
 HBM = 256  # Tokens of a request that window and retrieval keep there.
 STRATEGIES = {  # Script, options
@@ -51,7 +55,10 @@ STRATEGIES = {  # Script, options
     "paged-max": ("llama3-paged", []),
     "tiered": ("llama3-tiered", []),
     "window": ("llama3-tiered", ["--sink", 16, "--window", HBM - 16]),
-    "retrieval": ("llama3-tiered", ["--sink", 16, "--window", 64, "--top-k", HBM - 16 - 64]),
+    "retrieval": (
+        "llama3-tiered",
+        ["--sink", 16, "--window", 64, "--top-k", HBM - 16 - 64, "--dram-gb", 8],
+    ),
     "generate": (None, []),
 }
 PROMPTS = json.loads((REPO / "sharegpt-filtered.json").read_text())
@@ -258,17 +265,19 @@ def measure(name, args, folder):
         return {"error": error}
     row = {"requests": n, "most_at_once": most, **row_of(results)}
     row["peak_memory_bytes"] = max(done["peak_memory_bytes"] for done in runs)
-    return row | (apart(quality, name, args) if name in LOSSY else {})
+    if name == "generate":
+        del row["manager_share"]  # It has no manager.
+    return {**row, **(apart(quality, name, args) if name in LOSSY else {}), "on": facts()}
 
 
 def medians(rows):
-    """The median of each figure; a round that failed makes the row one that failed."""
-    for row in rows:
-        if "error" in row:
-            return row
-    names = [name for name in rows[0] if name != "text_bytes"]
-    row = {name: statistics.median_low([row[name] for row in rows]) for name in names}
-    return {**rows[0], **row, "rounds": len(rows)}
+    """The median of each figure, of the rounds that did not fail."""
+    good = [row for row in rows if "error" not in row]
+    if not good:
+        return rows[-1]
+    names = [name for name in good[0] if name not in ("text_bytes", "on")]
+    row = {name: statistics.median_low([row[name] for row in good]) for name in names}
+    return {**good[-1], **row, "rounds": len(good)}
 
 
 # --- Table ----------------------------------------------------------------------------------------
@@ -296,9 +305,9 @@ def print_table(rows):
     print(f"{'':24}" + "".join(f"{name:>11}" for name in rows))
     for title, (key, form, *factor) in TABLE.items():
         cells = []
-        for row in rows.values():
-            value = row.get(key)
-            none = "exact" if key in ("perplexity_of_full", "same_token") else "-"
+        for name, row in rows.items():
+            value, lossless = row.get(key), name not in (*LOSSY, "generate")
+            none = "exact" if lossless and key in ("perplexity_of_full", "same_token") else "-"
             cells.append(none if value is None else form.format(value * (factor or [1])[0]))
             cells[-1] = "failed" if "error" in row else cells[-1]
         print(f"{title:24}" + "".join(f"{cell:>11}" for cell in cells))
@@ -313,39 +322,58 @@ def main():
     )
     add = parser.add_argument
     add("--only", nargs="+", choices=STRATEGIES, metavar="NAME", default=[*STRATEGIES])
-    add("--rounds", type=int, default=1, metavar="N", help="medians of so many, in turn (1)")
-    add("--requests", type=int, default=49, metavar="N")
-    add("--max-new-tokens", type=int, default=256, metavar="LEN")
-    add("--kv-gb", type=float, default=1.4, metavar="GB")
-    add("--model", type=Path, default=load_script("llama3-paged").SMOLLM2, metavar="DIR")
-    add("--json", type=Path, default=RESULTS / "compare.json", metavar="FILE")
+    add(
+        "--rounds", type=at_least(1), default=1, metavar="N", help="medians of so many, in turn (1)"
+    )
+    add("--requests", type=at_least(1), default=49, metavar="N")
+    add("--max-new-tokens", type=at_least(2), default=256, metavar="LEN")
+    add("--kv-gb", type=at_least(0.001, float), default=1.4, metavar="GB")
+    add("--model", type=Path, default=SMOLLM2, metavar="DIR")
+    add("--json", type=Path, default=RESULTS / "compare.json", metavar="FILE", help="with figures")
     add("--show", type=Path, metavar="FILE", help="print an earlier result")
     add("--generate", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.generate:
         return generate(args, args.generate)
     if args.show:
-        return print_table(json.loads(args.show.read_text())["strategies"])
+        with or_exit(f"{args.show} is not a result of bench/compare.py"):
+            rows = json.loads(args.show.read_text())["strategies"]
+        return print_table(rows)
     asked = {"requests": args.requests, "max_new_tokens": args.max_new_tokens,
              "kv_gb": args.kv_gb, "model": args.model.resolve().name}  # fmt: skip
-    before = json.loads(args.json.read_text()) if args.json.exists() else {}
-    rows = before.get("strategies", {}) if before.get("asked") == asked else {}
+    rows = {}
+    if args.json.exists():
+        with or_exit(f"{args.json} is not a result of bench/compare.py; give another --json"):
+            before = json.loads(args.json.read_text())
+            rows = before["strategies"]
+        if before["asked"] != asked:
+            sys.exit(f"{args.json} is about {before['asked']}: give another --json.")
     runs = [name for _ in range(args.rounds) for name in args.only]
     measured = {name: [] for name in args.only}
     with tempfile.TemporaryDirectory() as folder:
         for i, name in enumerate(runs):
             print(f"{i + 1} of {len(runs)}: {name} ...", end="", file=sys.stderr, flush=True)
             start = time.perf_counter()
-            measured[name].append(measure(name, args, Path(folder)))
-            rows[name] = medians(measured[name])
+            try:
+                row = measure(name, args, Path(folder))
+            except Exception as error:  # A process that died, a result that is none.
+                row = {"error": f"{type(error).__name__}: {error}"[:150]}
+            measured[name].append(row)
+            new = medians(measured[name])
+            if "error" not in new or "error" in rows.get(name, new):  # A measured column stays.
+                rows[name] = new
             rows = {known: rows[known] for known in STRATEGIES if known in rows}
-            save(args.json, {"asked": asked, "strategies": rows})
-            row = measured[name][-1]
+            with or_exit(f"{args.json} cannot be written"):
+                save(args.json, {"asked": asked, "strategies": rows})
             speed = row.get("error") or f"{row['tokens_per_s']:.0f} tokens/s"
             print(f" {speed}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print_table(rows)
-    plot.draw("compare", args.json)
+    if any("error" not in row for row in rows.values()):
+        plot.draw("compare", args.json)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError):  # What was measured is in the JSON file.
+        os._exit(130)

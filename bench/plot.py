@@ -15,6 +15,8 @@ import sys
 
 from common import RESULTS
 
+from inputs import or_exit
+
 INK = "#444444"
 STRATEGIES = {  # Color; hatching of its bars; line and marker of its curves
     "naive": ("#c3cad2", "", "-", "s"),
@@ -23,7 +25,7 @@ STRATEGIES = {  # Color; hatching of its bars; line and marker of its curves
     "paged-max": ("#1f5fa8", "//", "-", "o"),
     "tiered": ("#7a4fa3", "\\\\", "-", "p"),
     "window": ("#3f9b6d", "xx", "--", "^"),
-    "retrieval": ("#b8443c", "", "-", "o"),
+    "retrieval": ("#b8443c", "++", "-.", "P"),
     "generate": ("white", "///", ":", "v"),
     "full": ("#222222", "", "-", "s"),
     "other": ("#9aa5b0", "", ":", "v"),
@@ -62,11 +64,9 @@ def memory(axis, rows):
     names = list(rows)
     used = [row["used_bytes"] / 1e9 for row in rows.values()]
     rest = [(row["reserved_bytes"] - row["used_bytes"]) / 1e9 for row in rows.values()]
-    colors = [STRATEGIES[name][0] for name in names]
-    axis.barh(names, used, color=colors, edgecolor=INK, label="used, in color")
-    wasted = axis.barh(
-        names, rest, left=used, color="#f0f0f0", edgecolor=INK, hatch="....", label="fragmented"
-    )
+    colors, hatches, *_ = zip(*(STRATEGIES[name] for name in names), strict=True)
+    axis.barh(names, used, color=colors, hatch=hatches, edgecolor=INK, label="used, in color")
+    wasted = axis.barh(names, rest, left=used, color="#f4f4f4", edgecolor=INK, label="fragmented")
     labels = [f"{row['fragmented_of_reserved']:.1%}" for row in rows.values()]
     axis.bar_label(wasted, labels, padding=3)
     axis.invert_yaxis()
@@ -78,14 +78,18 @@ def memory(axis, rows):
 def max_batch(axis, rows):
     rows = {name: row["most_at_once"] for name, row in rows.items() if "most_at_once" in row}
     rows.pop("paged-max", None)
-    bars(axis, list(rows), list(rows.values()), list(rows.values()))
-    axis.set(xlabel="requests, none of which has to wait", title="Most requests at once")
+    labels = [f"{n} in 1/7 of it" if name == "tiered" else n for name, n in rows.items()]
+    bars(axis, list(rows), list(rows.values()), labels)
+    axis.set(xlabel="requests in the budget, none of which waits for another's end")
+    axis.set(title="Most requests at once")
 
 
 def quality_and_memory(axis, rows):
-    """HBM for the text of which the perplexity is; a row of naive's is as long as any text."""
+    """HBM that 2,048 tokens take, and their perplexity; naive's is a row, whatever the text."""
     points = {name: (row["text_bytes"]["here"], row["perplexity_of_full"], name)
               for name, row in rows.items() if "text_bytes" in row}  # fmt: skip
+    if not points:
+        return axis.set(title="Quality against memory: not measured")
     for row in [row for row in rows.values() if "text_bytes" in row][:1]:
         points["paged"] = (row["text_bytes"]["full"], 1, "paged, virtual, tiered")
     if "naive" in rows:
@@ -234,7 +238,9 @@ def draw(name, path):
     }  # fmt: skip
     from matplotlib import pyplot as plt
 
-    for suffix, figure in FIGURES[name](plt, json.loads(path.read_text())):
+    with or_exit(f"{path} is not a result of bench/{name}.py"):
+        figures = list(FIGURES[name](plt, json.loads(path.read_text())))
+    for suffix, figure in figures:
         for kind, more in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
             figure.savefig(path.with_name(path.stem + suffix + kind), **more)
         plt.close(figure)
@@ -252,7 +258,7 @@ def main():
         if (path := RESULTS / f"{name}.json").exists():
             draw(name, path)
         else:
-            print(f"{path} does not exist: python bench/{name}.py writes it.", file=sys.stderr)
+            sys.exit(f"{path} does not exist: python bench/{name}.py writes it.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import argparse
 import colorsys
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -28,14 +29,17 @@ class Replay:
     """A trace, and who has the cells of its tiers at the end of one of its steps."""
 
     def __init__(self, file):
-        self.head, *self.steps = map(json.loads, Path(file).read_text().splitlines())
+        *lines, last = Path(file).read_text().split("\n")  # What is last was never completed.
+        self.head, *self.steps = map(json.loads, lines or [last])
+        if not self.steps:
+            raise ValueError("no steps")
         self.times = [step["seconds"] for step in self.steps]
         self.slots = {"HBM": self.head["budget_bytes"] / self.head["bytes_per_token"]}
         if "DRAM" in self.head["tiers"]:  # Up to the last cell that is ever used.
             used = [cell + 1 for step in self.steps for cell, *_ in step["tiers"]["DRAM"]]
             self.slots |= {"DRAM": max(used) * self.head["tiers"]["DRAM"][1]} if used else {}
         self.at, self.cells = -1, {name: {} for name in self.head["tiers"]}
-        self.seek(0)
+        self.seek(math.inf)
 
     def seek(self, seconds):
         """Go to the last step that had ended then, or to the first one."""
@@ -55,7 +59,7 @@ class Replay:
             yield color(slot, *(self.cells[tier].get(int(cell)) or (None, 0)))
 
     def readout(self):
-        """What there is to know of a step, in lines of 39 characters and fewer."""
+        """What there is to know of a step, in short lines but for the command."""
         step, head = self.steps[self.at], self.head
         reserved, used = step["reserved_bytes"], step["used_bytes"]
         running = "ended" if self.ended else f"{step['running']} running"
@@ -119,7 +123,7 @@ def frame(replays, seconds):
     }
     legend = "  ".join(f"{box} {name}" for name, box in boxes.items())
     lines = ["  ".join(parts) for parts in zip(*panels, strict=True)]
-    return "\n".join([*lines, f"{seconds:6.1f} s  {legend}"])
+    return "\n".join([*lines, f"{seconds:6.1f} s  {legend if columns > 75 else ''}"])
 
 
 def play(replays, speed):
@@ -143,7 +147,7 @@ def play(replays, speed):
 def page(replays):
     """An HTML page that needs nothing else."""
     traces = json.dumps([[replay.head, *replay.steps] for replay in replays], separators=(",", ":"))
-    return TEMPLATE.read_text().replace("TRACES", traces.replace("</", "<\\/"))
+    return TEMPLATE.read_text().replace("TRACES", traces.replace("<", "\\u003c"))
 
 
 def main():
@@ -156,26 +160,33 @@ def main():
     add("--at", type=float, metavar="SECONDS", help="show this moment only")
     add("--speed", type=float, metavar="X", help="times as fast as it was (all of it in 20 s)")
     args = parser.parse_args()
+    if len(args.traces) > 2 or str(args.html) in args.traces:
+        parser.error("one or two traces, and another file for the page")
+    if not ((args.at or 0) >= 0 and (args.speed or 1) > 0 and args.speed != 0):
+        parser.error("--at and --speed are numbers above 0")
     replays = []
     for file in args.traces:
         try:
             replays.append(Replay(file))
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             sys.exit(f"{file} is not a trace ({type(error).__name__}: {error}).")
-    try:
-        if args.html:
+    if args.html:
+        try:
             args.html.write_text(page(replays))
-        elif args.at is not None:
-            print(frame(replays, args.at))
-        elif sys.stdout.isatty():
-            play(replays, args.speed or max(replay.times[-1] for replay in replays) / 20)
-        else:
-            sys.exit("This is not a terminal to play in: give --at SECONDS or --html FILE.")
-    except OSError as error:
-        sys.exit(f"{args.html} cannot be written ({error.strerror}).")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        except OSError as error:
+            sys.exit(f"{args.html} cannot be written ({error.strerror}).")
+        return
+    sys.stdout.reconfigure(errors="replace")  # Whatever the terminal can show.
+    if args.at is not None:
+        print(frame(replays, args.at), flush=True)
+    elif sys.stdout.isatty():
+        play(replays, args.speed or max(replay.times[-1] for replay in replays) / 20)
+    else:
+        sys.exit("This is not a terminal to play in: give --at SECONDS or --html FILE.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or `| head` has seen enough.
+        os._exit(130)
