@@ -46,9 +46,7 @@ add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
 add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
 add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
 add("--json", metavar="FILE", type=writable, help="write statistics and answers there, too")
-add(
-    "--trace", metavar="FILE", type=writable, help="write who has which memory, for bench/replay.py"
-)
+add("--trace", metavar="FILE", type=writable, help="who has which memory, for bench/replay.py")
 
 
 def arguments(argv):

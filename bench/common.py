@@ -44,8 +44,7 @@ def save(path, result):
     """Write the result, with the facts at its head, as JSON."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(
-        path.name + ".new"
-    )  # Whoever is interrupted has the old or the new file.
+    # Whoever is interrupted has the old file or the new one.
+    whole = path.with_name(path.name + ".new")
     whole.write_text(json.dumps({**facts(), **result}, indent=1) + "\n")
     whole.replace(path)
