@@ -81,8 +81,8 @@ class Search:
     def __init__(self, args):
         script = load_script("llama3-paged")
         self.args = args
-        self.script_args = script.parser.parse_args(["1", *options_for("paged", args)])
-        (self.params, _), *self.others = script.load(self.script_args)
+        script_args = script.parser.parse_args(["1", *options_for("paged", args)])
+        (self.params, _), *self.others = script.load(script_args)
 
     def runs_at_once(self, name, n):
         """Whether none of n requests has to wait for another's end."""
