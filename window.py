@@ -106,17 +106,33 @@ def bounds_of(keys):
     return torch.cat([keys.amax(-2), keys.amin(-2)], -1)  # (..., 2 D)
 
 
-def estimates(q, bounds, slack=1.0):
+def highest_scores(q, bounds):
     """Scores (Hkv, T, n) of queries (Hkv, T, D) with blocks whose bounds are (Hkv, n, 2 D).
 
-    The score with a key that need not exist: in each dimension midway between the bounds, and from
-    there moved by slack, as a share of the way, to the bound that scores higher. With slack=1 no
-    key of the block scores higher (Quest, Tang et al. 2024, section 3.3).
+    In each dimension with the bound that scores higher: no key of the block has a higher score
+    (Quest, Tang et al. 2024, section 3.3).
     """
-    move = slack * q.abs()
-    ends = torch.cat([q + move, q - move], 2) / 2  # (Hkv, T, 2 D)
+    ends = torch.cat([q.clamp(min=0), q.clamp(max=0)], 2)  # (Hkv, T, 2 D)
     # For 4,096 blocks on a CPU, ends @ bounds.transpose(1, 2) takes 3.4 times as long.
     return (bounds @ ends.transpose(1, 2)).transpose(1, 2)
+
+
+def choose(q, bounds, keys_of, n):
+    """The numbers of the n blocks that q (Hkv, T, D) wants, of all with bounds (Hkv, blocks, 2 D).
+
+    Each query divides its attention over the blocks, and a block counts as much as the most that it
+    gets from any query of any head. The scores that it could have decide whether it is among 4 n
+    that are looked at; the scores of its keys, among those n. (By bounds alone, 14 instead of 18 of
+    20 needles were found in 2,000 tokens with room for an eighth: they are far from the keys.)
+
+    keys_of(numbers): the keys of these blocks (blocks, Hkv, block_size, D), wherever they are.
+    """
+    shares = highest_scores(q, bounds).float().softmax(2).amax((0, 1))
+    numbers = shares.topk(min(4 * n, len(shares))).indices.tolist()
+    keys = keys_of(numbers).transpose(0, 1)  # (Hkv, blocks, block_size, D)
+    scores = q.to(keys.device) @ keys.flatten(1, 2).transpose(1, 2)
+    shares = scores.float().softmax(2).unflatten(2, keys.shape[1:3]).sum(3).amax((0, 1))
+    return [numbers[i] for i in shares.topk(n).indices.tolist()]
 
 
 class Away:
@@ -137,8 +153,6 @@ class RetrievalCache(WindowCache):
     slots of the row's own; what was chosen before and is there still need not be copied. Keys keep
     their positions, so that with room for all blocks this is full attention.
     """
-
-    slack = 0.25  # See estimates. With 1 fewer needles are found, in a model this small.
 
     def __init__(self, n_dram, top_k, n_far, *others):
         """In blocks: in DRAM, those that come back, and the most of a row that leave its window."""
@@ -168,18 +182,14 @@ class RetrievalCache(WindowCache):
         self.counts["spilled"] += len(ids)
 
     def choose(self, layer, row, q):
-        """The numbers of the blocks that q (T, H, D) wants back.
-
-        Each query divides its attention over the blocks by their estimated scores; a block counts
-        as much as the most that it gets from any query of any head.
-        """
+        """The numbers of the blocks that q (T, H, D) wants back. Their keys are read in DRAM."""
         away, (T, _, D) = self.away[row], q.shape
         if len(away.dram) <= self.top_k:
             return range(len(away.dram))
         bounds = away.bounds[layer, :, : len(away.dram)]
         q = (q * D**-0.5).view(T, len(bounds), -1, D).transpose(0, 1).flatten(1, 2)
-        shares = estimates(q, bounds, self.slack).float().softmax(2)  # (Hkv, T * H / Hkv, n)
-        return shares.amax((0, 1)).topk(self.top_k).indices.tolist()
+        dram = self.dram[:, layer, 0]
+        return choose(q, bounds, lambda some: dram[[away.dram[i] for i in some]], self.top_k)
 
     def fetch(self, layer, row, numbers):
         """Bring these blocks into HBM, where they are not there; returns their slots."""

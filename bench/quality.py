@@ -32,7 +32,7 @@ from common import RESULTS, load_script, save
 
 import kernels
 from kvcache import blocks_for
-from window import RetrievalCache, WindowCache, bounds_of, estimates, plan
+from window import RetrievalCache, WindowCache, bounds_of, choose, plan
 
 PARTS = ("speed", "kept", "perplexity", "needle")
 CASE = ("context", "policy", "share", "window", "tokens")  # What tells cases of a part apart.
@@ -176,9 +176,10 @@ class Bench:
                 kept = torch.zeros(-(-seen // 16), dtype=torch.bool, device=q.device)
                 kept[: sink // 16], kept[first:] = True, True
                 if top_k:
-                    middle = bounds_of(keys[sink // 16 : first].float()).transpose(0, 1)
-                    best = estimates(query, middle, RetrievalCache.slack).softmax(2).amax((0, 1))
-                    kept[sink // 16 + best.topk(min(top_k // 16, len(best))).indices] = True
+                    middle = keys[sink // 16 : first].float()
+                    bounds, n = bounds_of(middle).transpose(0, 1), min(top_k // 16, len(middle))
+                    chosen = choose(query, bounds, middle.__getitem__, n)
+                    kept[[sink // 16 + number for number in chosen]] = True
                 shares.append(float(weights[:, :, kept.repeat_interleave(16)[:seen]].sum(2).mean()))
 
         for _ in self.read(cache, tokens[:-n_queries]):
