@@ -225,11 +225,16 @@ def policies(hbm):
 
 
 def speed(bench, args):
-    """HBM for 1,024 tokens against a context that grows."""
-    for n in (1024 * 2**i for i in range(7)):
-        for name, policy in {"full": {}, **policies(1024)}.items():
-            ms, hbm = bench.decode_ms(n, **policy)
-            yield {"context": n, "policy": name, "ms": ms, "hbm_bytes": hbm}
+    """HBM for 1,024 tokens against a context that grows: medians of three rounds, in turn."""
+    cases = [
+        (1024 * 2**i, name, policy)
+        for i in range(7)
+        for name, policy in {"full": {}, **policies(1024)}.items()
+    ]
+    rounds = [[bench.decode_ms(n, **policy) for n, _, policy in cases] for _ in range(3)]
+    for (n, name, _), times in zip(cases, zip(*rounds, strict=True), strict=True):
+        ms, hbm = (statistics.median(values) for values in zip(*times, strict=True))
+        yield {"context": n, "policy": name, "ms": ms, "hbm_bytes": hbm}
 
 
 def kept(bench, args):
