@@ -1305,6 +1305,23 @@ def test_prompt_file(smollm2):
     assert sorted(first)[-3] > 1000
 
 
+def test_two_runs_may_build_smollm2_at_the_same_time(tmp_path, monkeypatch):
+    """The one that ends later leaves the checkpoint as it is, and no scratch folder."""
+    builder = load_by_path(HERE / "models" / "smollm2.py")
+    monkeypatch.setattr(builder, "MODEL", tmp_path / "model")
+    monkeypatch.setattr(builder, "download", lambda folder: None)
+
+    def convert(path, folder):
+        (folder / "params.json").write_text("later")
+        builder.MODEL.mkdir()
+        (builder.MODEL / "params.json").write_text("earlier")
+
+    monkeypatch.setattr(builder, "convert", convert)
+    builder.main()
+    assert list(tmp_path.iterdir()) == [builder.MODEL]
+    assert (builder.MODEL / "params.json").read_text() == "earlier"
+
+
 def test_smollm2_tokenizer_agrees_with_tokenizers(smollm2):
     """The merges are read off the ranks: a token is what its two parts of lower rank merge into."""
     hf = pytest.importorskip("tokenizers")

@@ -144,7 +144,11 @@ def main():
         finished = Path(scratch) / "finished"
         finished.mkdir()
         convert(path, finished)
-        finished.rename(MODEL)
+        try:
+            finished.rename(MODEL)
+        except OSError:
+            if not MODEL.exists():  # Or else another run, started beside this one, was faster.
+                raise
 
 
 if __name__ == "__main__":
