@@ -203,7 +203,7 @@ def make_cache(args, params, stats, longest):
     if top_k and far > n_dram:
         sys.exit(f"A request may need {far} blocks in DRAM, --dram-gb has room for {n_dram}.")
     paged = (room, size, args.n, most, stats.shape, stats.dtype, args.device)
-    window = (sink, window, chunk, partial(rotations, params))
+    window = (need, sink, window, chunk, partial(rotations, params))
     with or_exit("So much memory (--kv-gb, --dram-gb) cannot be had"):
         if args.top_k:
             return RetrievalCache(n_dram, top_k, far, *window, *paged)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import mmap
+import random
 import re
 import signal
 import statistics
@@ -340,6 +341,16 @@ def test_attention_in_bfloat16_is_close(B, T):
             scores[t, :, :, n - T + t + 1 :] = -math.inf
         expected = torch.einsum("qkgt,tkd->qkgd", scores.softmax(-1), v).flatten(1, 2)
         assert (out[row] - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("B", [1, 4])
+def test_attention_in_float16_does_not_overflow(B):
+    """The mean of 8,192 values of 10; their sum would be beyond float16's 65,504."""
+    q, kv = torch.zeros(B, 1, 1, 64).half(), torch.full((2, 512, 16, 1, 64), 10).half()
+    table, ends = torch.arange(512).repeat(B, 1), torch.full((B,), 8192)
+    places = {"cache_seqlens": ends, "block_table": table}
+    out = flash_attn_with_kvcache(q, *kv, **places, causal=True)
+    torch.testing.assert_close(out, torch.full_like(out, 10))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1075,13 +1086,34 @@ def test_a_window_that_nothing_leaves_is_full_attention(tmp_path, tiny):
 def test_a_window_takes_constant_memory(tmp_path, tiny):
     """Two at a time, since that is what the budget holds, however long they get."""
     texts = [text_of(n, seed=n) for n in (90, 5, 40, 200)]
-    blocks = 2 * kvcache.blocks_for(8 + 16 + 16 + 3 * 4, 4)
+    blocks = 2 * (kvcache.blocks_for(8 + 16 + 16 + 2 * 4, 4) + 1)  # 1: two sink blocks' keys.
     result = run(TIERED, tiny, tmp_path, texts, "--sink", 8, "--window", 16, "--block-size", 4,
                  "--max-new-tokens", 300, "--ignore-stop",
                  "--kv-gb", (blocks + 0.5) * 4 * BYTES_PER_TOKEN / 1e9)  # fmt: skip
     assert [len(answer) for answer in answers(result)] == [300] * 4
     assert result["max_batch"]["peak"] == 2 and result["preemptions"] == 0
     assert result["kv"]["peak_reserved_bytes"] <= blocks * 4 * BYTES_PER_TOKEN
+
+
+def test_a_window_holds_as_many_tokens_as_planned():
+    """In no text more; in some, as many."""
+    rng, unused = random.Random(0), set()
+    for block_size, sink, window_, chunk in product((1, 3, 4), (0, 1, 6), (5, 6, 11), (1, 2, 4)):
+        prompt, longest = rng.randrange(1, 99), 99
+        need, most, *_ = sizes = window.plan(longest, sink, window_, chunk, 0, block_size)
+        cache = window.WindowCache(
+            need, sizes[2], window_, chunk, lambda n: torch.ones(1, 1, 1, dtype=torch.complex64),
+            need, block_size, 1, most, (1, 1, 2), torch.float32, "cpu",
+        )  # fmt: skip
+        cache.admit([])
+        stored, owned = 0, 0
+        while stored < longest:
+            new = min(chunk, prompt - stored) if stored < prompt else 1
+            cache.slide([new])
+            cache.advance([new])
+            stored, owned = stored + new, max(owned, int(cache.n_owned[0]))
+        unused.add(cache.block_table.shape[1] - owned)
+    assert min(unused) == 0
 
 
 @given(data=st.data())
@@ -1108,7 +1140,7 @@ def retrieval_cache(n_away, top_k, block_size=4):
     rotations = partial(TIERED.rotations, {"dim": 12, "n_heads": 2, "rope_theta": 1e4})
     size = (20 + top_k, block_size, 1, 16 * block_size)
     cache = window.RetrievalCache(
-        n_away, top_k, n_away, 1, block_size, block_size, rotations, *size, (3, 2, 6),
+        n_away, top_k, n_away, 20 + top_k, 1, block_size, block_size, rotations, *size, (3, 2, 6),
         torch.float32, "cpu",
     )  # fmt: skip
     cache.admit([])
@@ -1197,7 +1229,7 @@ def test_memory_set_aside_for_retrieval(tmp_path, tiny):
     """Exactly enough for two requests, bounds included, runs two; a block less runs one."""
     texts = [text_of(90, seed=n) for n in range(3)]  # 92 tokens in, 19 out that are stored.
     need = window.plan(92 + 20 - 1, 4, 10, 10, 24, 4)[0]
-    assert need == 9 + 6 + 7  # 4 + 10 + 10 + 12 tokens, 24 that come back, bounds of 25 blocks.
+    assert need == 8 + 6 + 7  # 4 + 10 + 10 + 8 tokens, 24 that come back, bounds of 25 blocks.
     for blocks, at_once in ((2 * need, 2), (2 * need - 1, 1)):
         result = run(TIERED, tiny, tmp_path, texts, "--max-new-tokens", 20, "--ignore-stop",
                      "--block-size", 4, "--sink", 4, "--window", 10, "--top-k", 24,

@@ -19,15 +19,17 @@ from kvcache import BlockPool, PagedCache, blocks_for
 def plan(longest, sink, window, chunk, top_k, block_size):
     """What a row that comes to `longest` tokens needs, all given in tokens. Returns
 
-    - blocks in HBM, with room for those that come back and for the bounds of all that left,
+    - blocks in HBM, with room for those that come back and for what is kept beside the blocks,
     - tokens that it holds in HBM at a time, without those that come back,
     - blocks of its sink, blocks that may leave its window, and how many of these come back.
     """
-    most, sink = min(longest, sink + window + chunk + 3 * block_size), blocks_for(sink, block_size)
+    # The sink is whole blocks; so is the window, which may begin anywhere in its first one.
+    most, sink = min(longest, sink + window + chunk + 2 * block_size), blocks_for(sink, block_size)
     far = max(0, blocks_for(max(0, longest - window), block_size) - sink)
     top_k = min(far, blocks_for(top_k, block_size))
-    bounds = blocks_for(far, block_size) if top_k else 0  # A block's are as long as a token.
-    return blocks_for(most, block_size) + top_k + bounds, most, sink, far, top_k
+    # For each that left, bounds as long as a token; or the sink's keys once more, half its size.
+    beside = blocks_for(far, block_size) if top_k else blocks_for(sink if far else 0, 2)
+    return blocks_for(most, block_size) + top_k + beside, most, sink, far, top_k
 
 
 class WindowCache(PagedCache):
@@ -39,21 +41,20 @@ class WindowCache(PagedCache):
     distance alone; the sink's keys are rotated forward by as many positions as have left.
     """
 
-    def __init__(self, sink, window, chunk, rotations, *others):
-        """sink in blocks, window in tokens; chunk: the most new tokens of a row in a step.
+    def __init__(self, row_blocks, sink, window, chunk, rotations, *others):
+        """row_blocks: set aside for each row; sink in blocks, window in tokens: see plan().
 
-        rotations(positions): RoPE. The others are PagedCache's; its max_seq_len is the most that a
-        row holds at a time: sink, window, chunk, and two blocks that these may begin and end in.
+        chunk: the most new tokens of a row in a step. rotations(positions): RoPE. The others are
+        PagedCache's; its max_seq_len is the most that a row holds at a time.
         """
         super().__init__(*others)
-        self.sink, self.window, self.chunk = sink, window, chunk
-        self.row_blocks = self.block_table.shape[1]  # The most that a row may need.
+        self.row_blocks, self.sink, self.window, self.chunk = row_blocks, sink, window, chunk
         self.rotations = rotations
         self.sink_keys = []  # Each row's, as they were stored: rotated from there, nothing drifts.
         self.counts = Counter(shared=0, fetched=0, spilled=0, dropped=0)  # Blocks.
 
     def can_admit(self, tokens):
-        """Whether one more row can have all the blocks it may need: no row is ever preempted."""
+        """Whether one more row can have all that it may need: no row is ever preempted."""
         return (self.n_rows + 1) * self.row_blocks <= len(self.pool.ref_count)
 
     def usage(self):
@@ -113,29 +114,30 @@ def highest_scores(q, bounds):
     (Quest, Tang et al. 2024, section 3.3).
     """
     ends = torch.cat([q.clamp(min=0), q.clamp(max=0)], 2)  # (Hkv, T, 2 D)
-    # For 4,096 blocks on a CPU, ends @ bounds.transpose(1, 2) takes 3.4 times as long.
+    # For a token and 4,096 blocks in bfloat16 on a CPU, ends @ bounds.transpose(1, 2) takes 3.4
+    # times as long.
     return (bounds @ ends.transpose(1, 2)).transpose(1, 2)
 
 
-def choose(q, bounds, keys_of, n):
-    """The numbers of the n blocks that q (Hkv, T, D) wants, of all with bounds (Hkv, blocks, 2 D).
+def choose(q, bounds, keys_of, top_k):
+    """The numbers of the top_k blocks that q (Hkv, T, D) wants, of n with bounds (Hkv, n, 2 D).
 
     Each query divides its attention over the blocks, and a block counts as much as the most that it
-    gets from any query of any head. That is done twice: by the highest scores that the blocks could
-    have, to find 4 n candidates, and by the scores of their keys, to choose n of these. (Bounds are
-    far above the keys in heads as small as SmolLM2's: by them alone, 14 of 20 needles were found in
-    2,000 tokens with room for an eighth.)
+    gets from any query of any head. If n > 4 top_k that is done twice: by the highest scores that
+    the blocks could have, to find 4 top_k candidates, and by the scores of their keys, to choose
+    among these. (Bounds are far above the keys in heads as small as SmolLM2's: by them alone, 14 of
+    20 needles were found in 2,000 tokens with room for an eighth.) top_k is at most n.
 
     keys_of(numbers): the keys of these blocks (blocks, Hkv, block_size, D), wherever they are.
     """
     numbers = list(range(bounds.shape[1]))
-    if len(numbers) > 4 * n:
+    if len(numbers) > 4 * top_k:
         shares = highest_scores(q, bounds).float().softmax(2).amax((0, 1))
-        numbers = shares.topk(4 * n).indices.tolist()
+        numbers = shares.topk(4 * top_k).indices.tolist()
     keys = keys_of(numbers).transpose(0, 1)  # (Hkv, blocks, block_size, D)
     scores = q.to(keys.device) @ keys.flatten(1, 2).transpose(1, 2)
     shares = scores.float().softmax(2).unflatten(2, keys.shape[1:3]).sum(3).amax((0, 1))
-    return [numbers[i] for i in shares.topk(n).indices.tolist()]
+    return [numbers[i] for i in shares.topk(top_k).indices.tolist()]
 
 
 class Away:
@@ -161,7 +163,6 @@ class RetrievalCache(WindowCache):
         """In blocks: in DRAM, those that come back, and the most of a row that leave its window."""
         super().__init__(*others)
         self.top_k, self.n_far = top_k, n_far
-        self.row_blocks += top_k + blocks_for(n_far, self.block_size)  # Slots and bounds.
         self.dram_pool, self.away = BlockPool(n_dram), []
         size = (n_dram, *self.kv[:, :, 0].shape)
         self.dram = zeros(size, self.kv.dtype, "cpu")
@@ -175,7 +176,7 @@ class RetrievalCache(WindowCache):
         return super().admit(tokens)
 
     def let_go(self, row, ids):
-        """These blocks go to DRAM."""
+        """These blocks go to DRAM. In the pool they are free already: first the copies, then alloc."""
         away, first = self.away[row], len(self.away[row].dram)
         away.dram += self.dram_pool.alloc(len(ids))
         self.dram[away.dram[first:]] = self.kv[:, :, ids].movedim(2, 0).to("cpu")

@@ -60,7 +60,7 @@ class Bench:
         """Room for a text of `longest` tokens. No window: for all of them."""
         window = window or longest
         blocks, most, sink, far, top_k = plan(longest, sink, window, chunk, top_k, block_size)
-        policy = (sink, window, chunk, partial(self.script.rotations, self.params))
+        policy = (blocks, sink, window, chunk, partial(self.script.rotations, self.params))
         paged = (blocks, block_size, 1, most, self.shape, self.dtype, self.device)
         if top_k:
             cache = RetrievalCache(far, top_k, far, *policy, *paged)
