@@ -176,7 +176,7 @@ class RetrievalCache(WindowCache):
         return super().admit(tokens)
 
     def let_go(self, row, ids):
-        """These blocks go to DRAM. In the pool they are free already: first the copies, then alloc."""
+        """These blocks go to DRAM, before the pool, in which they are free, gives them away."""
         away, first = self.away[row], len(self.away[row].dram)
         away.dram += self.dram_pool.alloc(len(ids))
         self.dram[away.dram[first:]] = self.kv[:, :, ids].movedim(2, 0).to("cpu")
