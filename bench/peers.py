@@ -12,6 +12,8 @@ model, warms up with a few tokens on all prompts, and is timed from ids in to id
 in rounds, engines in turn, so that a slow minute of the machine does not meet one alone; medians
 are reported, and written after each round. --show prints and draws what was written.
 
+llama3-paged.py has blocks of 16 tokens, its default, and once more of 32.
+
 The floor is the matrix products of as many steps and nothing else, as fast as we can have them; all
 its steps have the whole batch. `same` is how many of 128 tokens agree with llama3-paged.py's before
 the first that differs, on average over the largest number of requests, in the first round: in
@@ -132,17 +134,18 @@ def read_prompts():
     return [prompt for prompt in prompts if len(prompt) <= LONGEST][: max(REQUESTS)]
 
 
-def llama3_paged(folder, extra):
+def llama3_paged(folder, extra, block_size=16):
     from kvcache import PagedCache
     from stats import Stats
 
     script, args, model, _, _ = paged_model()
 
     def run(prompts, n_new):
-        stats, size = Stats(args, model[0]), 16
-        room = stats.budget // (size * stats.bytes_per_token)
+        stats = Stats(args, model[0])
+        room = stats.budget // (block_size * stats.bytes_per_token)
         limits = [len(prompt) + n_new for prompt in prompts]
-        cache = PagedCache(room, size, len(prompts), max(limits), stats.shape, stats.dtype, "cpu")
+        size = (room, block_size, len(prompts), max(limits), stats.shape, stats.dtype, "cpu")
+        cache = PagedCache(*size)
         tokens = [list(prompt) for prompt in prompts]
         script.generate(model, cache, tokens, limits, set(), args, stats)
         extra["step_ms"] = stats.seconds["decode"] / (n_new - 1) * 1000
@@ -272,6 +275,7 @@ def vllm_cpu(folder, extra):
 
 ENGINES = {  # name: (function, package that it needs)
     "llama3-paged": (llama3_paged, "torch"),
+    "paged, blocks of 32": (partial(llama3_paged, block_size=32), "torch"),
     "generate, one batch": (generate, "transformers"),
     "generate, batches of 7": (partial(generate, batch=7), "transformers"),
     "continuous batching": (continuous, "transformers"),

@@ -323,7 +323,8 @@ def print_tables(result):
         print("\nNeedles found; blocks wanted that HBM had; GB moved a prompt")
         print("tokens   HBM  policy         found       hits      GB")
     order = {"full": 0, "sink + window": 1, "retrieval": 2}
-    for case in sorted(result.get("needle", []), key=lambda c: (c["tokens"], order[c["policy"]])):
+    cases = result.get("needle", [])
+    for case in sorted(cases, key=lambda c: (c["tokens"], order[c["policy"]], c["share"])):
         more = f"{case['hit_rate']:8.1%}{case['gb_moved']:8.2f}" if "hit_rate" in case else ""
         share, found = f"1/{case['share']}", case["found"]
         print(f"{case['tokens']:6,}{share:>6}  {case['policy']:14}"
