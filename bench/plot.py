@@ -199,7 +199,8 @@ def quality(plt, result):
     kept.set(title="Next token against full attention", xscale="log", yscale="log")
     kept.set_xticks(shares, [f"1/{case['share']}" for case in cases])
     for name, share in (("full", 1), ("sink + window", 4), ("retrieval", 4), ("retrieval", 8)):
-        cases = [c for c in result["needle"] if (c["policy"], c["share"]) == (name, share)]
+        within = (c for c in result["needle"] if c["tokens"] <= 8192)  # The model's context.
+        cases = [c for c in within if (c["policy"], c["share"]) == (name, share)]
         found = {c["tokens"]: statistics.mean(c["found"]) for c in cases}
         label = name if share == 1 else f"{name}, 1/{share} in HBM"
         more = {"linestyle": ":", "marker": "o", "markerfacecolor": "white"} if share == 8 else {}
