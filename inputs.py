@@ -49,10 +49,10 @@ def writable(file):
     return file
 
 
-def block_size_for(args):
-    """args.block_size, or the kernel's usual one; ends the program if that cannot take it."""
+def block_size_for(args, usual):
+    """args.block_size, or else the usual one or the kernel's; ends the program if that won't do."""
     unit = 256 if runs_flash_attn(args.device, getattr(torch, args.dtype)) else 1
-    size = args.block_size or max(16, unit)
+    size = args.block_size or max(usual, unit)
     if size % unit:
         sys.exit(f"--block-size {size} does not work: this kernel takes multiples of {unit}.")
     return size

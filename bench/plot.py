@@ -128,7 +128,7 @@ def compare(plt, result):
 def peers(plt, result):
     """bench/peers.py"""
     rows = {name: row for name, row in result["engines"].items() if "peak_bytes" in row}
-    looks = {"llama3-paged": "paged", "paged, blocks of 32": "paged", "products alone": "generate"}
+    looks = {"llama3-paged": "paged", "paged, blocks of 16": "paged", "products alone": "generate"}
     counts = [key for key in next(iter(rows.values())) if key.endswith(" requests")]
     figure, axes = plt.subplots(1, len(counts), figsize=(11, 3.2), sharey=True, layout="tight")
     for axis, count in zip(axes, counts, strict=True):
