@@ -2115,7 +2115,10 @@ def test_interrupted_run_reports(tmp_path, script):
     prompts = write_prompts(tmp_path / "prompts.json", ["hello"])
     argv = [sys.executable, HERE / script, "3", "--model", endless, "--prompts", prompts]
     argv += ["--json", tmp_path / "out.json", "--max-new-tokens", "8000"]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # nohup tests & ignores it.
+    )  # fmt: skip
     first = process.stdout.readline()  # Printed just before the first step.
     time.sleep(1)
     process.send_signal(signal.SIGINT)
