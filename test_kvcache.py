@@ -2117,7 +2117,7 @@ def test_interrupted_run_reports(tmp_path, script):
     argv += ["--json", tmp_path / "out.json", "--max-new-tokens", "8000"]
     process = subprocess.Popen(
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # "&" ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # Not so after "&".
     )  # fmt: skip
     first = process.stdout.readline()  # Printed just before the first step.
     time.sleep(1)

