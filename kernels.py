@@ -179,8 +179,8 @@ def by_block(q, k_cache, v_cache, ends, block_table):
     read where they are: a batch of which no request has ended looks like that. Measured over
     SmolLM2's 30 layers with 49 rows of 280 tokens, in blocks of 32: 40 to 51 ms in place and by
     row 120 to 250. Copied, 184 to 207, no better than by row: glibc returns the memory of each copy
-    to the system. With MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1e9: 57. The price: bmm rounds the scores to q's dtype, so that in bfloat16 the error is
-    about twice that by row.
+    to the system. With MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1e9: 57. The price: bmm
+    rounds the scores to q's dtype, so that in bfloat16 the error is about twice that by row.
     """
     (B, _, H, D), (n_blocks, block_size, Hkv, _) = q.shape, k_cache.shape
     ids, row, mask, places, starts = blocks_in_use(ends, block_table, block_size, n_blocks)
