@@ -66,13 +66,13 @@ def flash_attn_with_kvcache(
             q, k_cache, v_cache, k, v,
             cache_seqlens=cache_seqlens, block_table=block_table, causal=causal,
         )  # fmt: skip
-    B, T = q.shape[:2]
-    ends = cache_seqlens
+    T, ends = q.shape[1], cache_seqlens
     if k is not None:
         block, slot = new_slots(cache_seqlens, block_table, T, k_cache.shape[1])
         k_cache[block, slot], v_cache[block, slot] = k, v
         ends = cache_seqlens + T
-    if block_table is not None and T == 1 and B > 3:  # One to three rows are faster by row.
+    # Few tokens are faster by row: a row of 100 takes less than half as long.
+    if block_table is not None and T == 1 and block_table.numel() * k_cache.shape[1] > 512:
         return by_block(q, k_cache, v_cache, ends, block_table)
     return by_row(q, k_cache, v_cache, ends, block_table, causal)
 
@@ -143,64 +143,70 @@ def new_slots(cache_seqlens, block_table, T, block_size):
 
 
 @remember_last
-def blocks_in_use(ends, block_table, block_size, n_blocks):
-    """Which blocks by_block() reads, and whose they are.
+def pieces_of(ends, block_table, block_size, Hkv):
+    """What by_block() reads: the rows cut into M pieces of 64 tokens or a block, row after row.
 
-    Returns their ids, a slice or a tensor (M,); row (M,), 0 for those of no row; a mask to be added
-    to the scores (M, 1, block_size); where among the M each row's blocks are, row after row, and
-    where in that list each row begins (B,).
+    Returns the numbers of the (block, head) that make up a head's part of a piece, (M, Hkv, blocks
+    in a piece); each piece's row (M,); a mask to be added to the scores (M, 1, tokens in a piece);
+    and where each row's pieces begin (B,).
     """
-    device = ends.device
-    first = torch.arange(block_table.shape[1], device=device) * block_size
-    row, nth = (first < ends[:, None]).nonzero(as_tuple=True)  # Row after row.
-    ids, left = block_table[row, nth].long(), (ends[:, None] - first)[row, nth]
-    places, starts = torch.arange(len(ids), device=device), (nth == 0).nonzero()[:, 0]
-    low, high = int(ids.min()), int(ids.max()) + 1
-    in_place = high - low <= 1.5 * len(ids) and len(ids.unique()) == len(ids)
-    # oneDNN makes a kernel for each size that it meets: 0.3 ms and 0.6 MB. So there are few sizes.
-    M = -(-(high - low if in_place else len(ids)) // 32) * 32
-    if in_place:
-        M = min(M, n_blocks - low)
-        places, ids = ids - low, slice(low, low + M)
-    else:
-        ids = F.pad(ids, (0, M - len(ids)), value=low)
-    whose = places.new_zeros(2, M)  # Of each block: its row, and its row's tokens from here on.
-    whose[:, places] = torch.stack([row, left])
-    behind = torch.arange(block_size, device=device) >= whose[1][:, None]
+    device, n_blocks = ends.device, -(-64 // block_size)  # In a piece.
+    table = F.pad(block_table, (0, -block_table.shape[1] % n_blocks)).unflatten(1, (-1, n_blocks))
+    first = torch.arange(table.shape[1], device=device) * (n_blocks * block_size)
+    row, nth = (first < ends[:, None]).nonzero(as_tuple=True)
+    starts, left = (nth == 0).nonzero()[:, 0], ends[row] - first[nth]
+    # oneDNN makes a kernel for each M that it meets: 0.5 ms and 0.7 MB. So there are few.
+    row, nth, left = (F.pad(of_piece, (0, -len(row) % 16)) for of_piece in (row, nth, left))
+    behind = torch.arange(n_blocks * block_size, device=device) >= left[:, None]
+    ids = table[row, nth].long().masked_fill_(behind[:, ::block_size], 0)  # (M, n_blocks)
+    ids = ids[:, None] * Hkv + torch.arange(Hkv, device=device)[:, None]
     mask = torch.zeros(behind.shape, device=device).masked_fill_(behind, -math.inf)
-    return ids, whose[0], mask[:, None], places, starts
+    return ids, row, mask[:, None], starts
+
+
+@functools.lru_cache(maxsize=1)
+def workspace(shape, dtype, device):
+    """Memory to copy into, the same one as long as the same is asked for.
+
+    glibc may return what is freed to the system, and then each page of the next copy faults: with
+    133 rows, that took three quarters of the time.
+    """
+    with torch.inference_mode(False):  # A tensor made in that mode must not be written outside it.
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def by_block(q, k_cache, v_cache, ends, block_table):
     """Attention of one query a row, block by block (PagedAttention, section 4.1).
 
-    The blocks of all rows are one batch of equally small products, so that rows of different
-    lengths need no padding. If each belongs to one row and few others lie between them, they are
-    read where they are: a batch of which no request has ended looks like that. Measured over
-    SmolLM2's 30 layers with 49 rows of 280 tokens, in blocks of 32: 40 to 51 ms in place and by
-    row 120 to 250. Copied, 184 to 207, no better than by row: glibc returns the memory of each copy
-    to the system. With MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ at 1e9: 57. The price: bmm
-    rounds the scores to q's dtype, so that in bfloat16 the error is about twice that by row.
+    Each row is cut into pieces of 64 tokens, copied out of its blocks wherever they lie. The pieces
+    of all rows are one batch of equally small products, so that rows of different lengths need no
+    padding. Measured over SmolLM2's 30 layers with 49 rows of 280 tokens: 29 to 53 ms, by row 110
+    to 210. Decode steps that read blocks of 32 where they lie took 0.93 to 1.05 times as long,
+    blocks of 16 as long; it works only while blocks lie side by side and no rows share any. The
+    price: bmm rounds the scores to q's dtype, so that in bfloat16 the error is about twice that by
+    row.
     """
-    (B, _, H, D), (n_blocks, block_size, Hkv, _) = q.shape, k_cache.shape
-    ids, row, mask, places, starts = blocks_in_use(ends, block_table, block_size, n_blocks)
-    keys, values = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # (n_blocks, Hkv, slots, D)
-    if isinstance(ids, slice):
-        keys, values = keys[ids], values[ids]
-    else:  # Faster than keys[ids].
-        keys, values = keys.index_select(0, ids), values.index_select(0, ids)
+    (B, _, H, D), (_, block_size, Hkv, _) = q.shape, k_cache.shape
+    ids, row, mask, starts = pieces_of(ends, block_table, block_size, Hkv)
+    M, size = len(row), mask.shape[2]
+    # A matrix for each block and head. PagedCache lays them out so; others would be copied here.
+    k_cache, v_cache = k_cache.transpose(1, 2).flatten(0, 1), v_cache.transpose(1, 2).flatten(0, 1)
+    matrices = workspace((ids.numel(), block_size, D), q.dtype, q.device)
+    pieces = matrices.view(M * Hkv, size, D)
     queries = (q * D**-0.5).view(B, H * D).index_select(0, row).view(-1, H // Hkv, D)
-    scores = torch.bmm(queries, keys.flatten(0, 1).transpose(1, 2)).view(-1, H, block_size)
+    torch.index_select(k_cache, 0, ids.flatten(), out=matrices)
+    scores = torch.bmm(queries, pieces.transpose(1, 2)).view(M, H, size)
     scores = torch.add(mask, scores, alpha=math.log2(math.e))  # 2^x: e^x takes 3 times as long.
     highest = scores.new_full((B, H), -math.inf)
     highest.scatter_reduce_(0, row[:, None].expand(-1, H), scores.amax(2), "amax")
-    weights = scores.sub_(highest[row][..., None]).exp2_()  # (M, H, block_size)
+    weights = scores.sub_(highest[row][..., None]).exp2_()
     totals = scores.new_zeros(B, H).index_add_(0, row, weights.sum(2))
-    weights = weights.div_(totals[row][..., None]).to(q.dtype).view(-1, H // Hkv, block_size)
-    attended = torch.bmm(weights, values.flatten(0, 1)).view(-1, H * D)
-    # The sum over each row's blocks. index_add_, which needs float copies, takes 4 times as long.
-    attended = F.embedding_bag(places, attended, starts, mode="sum")
-    return attended.view(B, 1, H, D)
+    weights = weights.div_(totals[row][..., None]).to(q.dtype).view(-1, H // Hkv, size)
+    torch.index_select(v_cache, 0, ids.flatten(), out=matrices)
+    attended = torch.bmm(weights, pieces).view(M, H * D)
+    # The sum over each row's pieces. index_add_, which needs float copies, takes 4 times as long.
+    places = torch.arange(M, device=q.device)
+    return F.embedding_bag(places, attended, starts, mode="sum").view(B, 1, H, D)
 
 
 # --- Memory and copies ----------------------------------------------------------------------------
