@@ -3,7 +3,7 @@
 Throughout this file
     B  requests in the batch, one row each       H    query heads
     T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
-    M  blocks read for all rows together         D    size of a head
+    M  pieces of all rows together               D    size of a head
 """
 
 import functools
@@ -59,7 +59,7 @@ def flash_attn_with_kvcache(
     k_cache, v_cache (B, slots, Hkv, D), or (n_blocks, block_size, Hkv, D) with a block_table (B,
     width). causal: the last query sees all keys, the one before it all but the last, and so on.
     Each row has at least one key, and at least T if causal. Returns (B, T, H, D). Slots behind the
-    end of a row and blocks of no row have no influence as long as their numbers are finite.
+    end of a row and blocks that are not its own have no influence as long as all is finite.
     """
     if runs_flash_attn(q.device, q.dtype):
         return flash_attn_kernel(
@@ -71,7 +71,7 @@ def flash_attn_with_kvcache(
         block, slot = new_slots(cache_seqlens, block_table, T, k_cache.shape[1])
         k_cache[block, slot], v_cache[block, slot] = k, v
         ends = cache_seqlens + T
-    # Few tokens are faster by row: a row of 100 takes less than half as long.
+    # A short row or two is faster by row: 100 tokens take less than half as long.
     if block_table is not None and T == 1 and block_table.numel() * k_cache.shape[1] > 512:
         return by_block(q, k_cache, v_cache, ends, block_table)
     return by_row(q, k_cache, v_cache, ends, block_table, causal)
@@ -112,8 +112,8 @@ def by_row(q, k_cache, v_cache, ends, block_table, causal):
 def remember_last(function):
     """Keep the last result for equal arguments: in a decode step, all layers ask for the same.
 
-    Measured with 49 rows: blocks_in_use() once a step saves 4 to 8 of some 90 ms. (With retrieval
-    each layer has a table of its own, and nothing is saved.)
+    Measured with 49 rows: pieces_of() once a step saves 7 of 88 ms. (With retrieval each layer has
+    a table of its own, and nothing is saved.)
     """
     last = None  # Copies of the arguments, and the result.
 
@@ -144,21 +144,23 @@ def new_slots(cache_seqlens, block_table, T, block_size):
 
 @remember_last
 def pieces_of(ends, block_table, block_size, Hkv):
-    """What by_block() reads: the rows cut into M pieces of 64 tokens or a block, row after row.
+    """What by_block() reads: rows cut into pieces, of as many blocks as make 64 tokens or more.
 
-    Returns the numbers of the (block, head) that make up a head's part of a piece, (M, Hkv, blocks
-    in a piece); each piece's row (M,); a mask to be added to the scores (M, 1, tokens in a piece);
-    and where each row's pieces begin (B,).
+    Returns where the pieces are, as numbers of matrices: block * Hkv + head, (M, Hkv, blocks of a
+    piece); each piece's row (M,); a mask to be added to the scores (M, 1, tokens of a piece); and
+    which piece is a row's first (B,). The pieces of a row follow each other; behind all of them
+    come some that are masked as a whole.
     """
-    device, n_blocks = ends.device, -(-64 // block_size)  # In a piece.
-    table = F.pad(block_table, (0, -block_table.shape[1] % n_blocks)).unflatten(1, (-1, n_blocks))
-    first = torch.arange(table.shape[1], device=device) * (n_blocks * block_size)
-    row, nth = (first < ends[:, None]).nonzero(as_tuple=True)
-    starts, left = (nth == 0).nonzero()[:, 0], ends[row] - first[nth]
-    # oneDNN makes a kernel for each M that it meets: 0.5 ms and 0.7 MB. So there are few.
-    row, nth, left = (F.pad(of_piece, (0, -len(row) % 16)) for of_piece in (row, nth, left))
-    behind = torch.arange(n_blocks * block_size, device=device) >= left[:, None]
-    ids = table[row, nth].long().masked_fill_(behind[:, ::block_size], 0)  # (M, n_blocks)
+    device, per_piece = ends.device, -(-64 // block_size)  # Blocks.
+    table = F.pad(block_table, (0, -block_table.shape[1] % per_piece))
+    table = table.unflatten(1, (-1, per_piece))  # (B, pieces of the longest row, per_piece)
+    first = torch.arange(table.shape[1], device=device) * (per_piece * block_size)  # Their tokens.
+    row, nth = (first < ends[:, None]).nonzero(as_tuple=True)  # Row after row.
+    left, starts = ends[row] - first[nth], (nth == 0).nonzero()[:, 0]
+    # oneDNN makes a kernel for each M that it meets: 0.5 ms and 0.7 MB. Multiples of 16 are few.
+    row, nth, left = (F.pad(numbers, (0, -len(row) % 16)) for numbers in (row, nth, left))
+    behind = torch.arange(per_piece * block_size, device=device) >= left[:, None]
+    ids = table[row, nth].long().masked_fill_(behind[:, ::block_size], 0)  # (M, per_piece)
     ids = ids[:, None] * Hkv + torch.arange(Hkv, device=device)[:, None]
     mask = torch.zeros(behind.shape, device=device).masked_fill_(behind, -math.inf)
     return ids, row, mask[:, None], starts
@@ -168,10 +170,10 @@ def pieces_of(ends, block_table, block_size, Hkv):
 def workspace(shape, dtype, device):
     """Memory to copy into, the same one as long as the same is asked for.
 
-    glibc may return what is freed to the system, and then each page of the next copy faults: with
-    133 rows, that took three quarters of the time.
+    Otherwise glibc may return each copy to the system, and every page of the next one faults: with
+    133 rows in llama3-tiered.py, decode took 112 s instead of 50.
     """
-    with torch.inference_mode(False):  # A tensor made in that mode must not be written outside it.
+    with torch.inference_mode(False):  # What inference mode makes cannot be written outside it.
         return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -181,10 +183,9 @@ def by_block(q, k_cache, v_cache, ends, block_table):
     Each row is cut into pieces of 64 tokens, copied out of its blocks wherever they lie. The pieces
     of all rows are one batch of equally small products, so that rows of different lengths need no
     padding. Measured over SmolLM2's 30 layers with 49 rows of 280 tokens: 29 to 53 ms, by row 110
-    to 210. Decode steps that read blocks of 32 where they lie took 0.93 to 1.05 times as long,
-    blocks of 16 as long; it works only while blocks lie side by side and no rows share any. The
-    price: bmm rounds the scores to q's dtype, so that in bfloat16 the error is about twice that by
-    row.
+    to 210. Reading blocks of 32 in place made decode steps 0.93 to 1.05 times as long, and is
+    possible only where they lie close together and no rows share any. The price: bmm rounds the
+    scores to q's dtype, so that in bfloat16 the error is about twice that by row.
     """
     (B, _, H, D), (_, block_size, Hkv, _) = q.shape, k_cache.shape
     ids, row, mask, starts = pieces_of(ends, block_table, block_size, Hkv)
@@ -192,7 +193,7 @@ def by_block(q, k_cache, v_cache, ends, block_table):
     # A matrix for each block and head. PagedCache lays them out so; others would be copied here.
     k_cache, v_cache = k_cache.transpose(1, 2).flatten(0, 1), v_cache.transpose(1, 2).flatten(0, 1)
     matrices = workspace((ids.numel(), block_size, D), q.dtype, q.device)
-    pieces = matrices.view(M * Hkv, size, D)
+    pieces = matrices.view(M * Hkv, size, D)  # First their keys, then their values.
     queries = (q * D**-0.5).view(B, H * D).index_select(0, row).view(-1, H // Hkv, D)
     torch.index_select(k_cache, 0, ids.flatten(), out=matrices)
     scores = torch.bmm(queries, pieces.transpose(1, 2)).view(M, H, size)
