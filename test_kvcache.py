@@ -278,7 +278,7 @@ def test_attention_by_block_finds_each_pieces_row(block_size):
     pool = torch.randn(2, 150, 3, block_size, 8)  # K and V, blocks, heads, slots, D
     k_cache, v_cache = pool.transpose(2, 3)
     ends = torch.tensor([9, 64, 150, 73, 1, 65])
-    ids, table = torch.randperm(150).tolist(), torch.randint(150, (6, 150 // block_size + 1)).int()
+    ids, table = torch.randperm(150).tolist(), torch.full((6, 150 // block_size + 1), -1).int()
     for row, n in enumerate(ends.tolist()):
         for place in range(-(-n // block_size)):
             table[row, place] = ids.pop()
