@@ -71,14 +71,15 @@ def flash_attn_with_kvcache(
             q, k_cache, v_cache, k, v,
             cache_seqlens=cache_seqlens, block_table=block_table, causal=causal,
         )  # fmt: skip
-    T, ends = q.shape[1], cache_seqlens
+    (B, T), ends = q.shape[:2], cache_seqlens
     if k is not None:
         block, slot = new_slots(cache_seqlens, block_table, T, k_cache.shape[1])
         k_cache[block, slot], v_cache[block, slot] = k, v
         ends = cache_seqlens + T
-    # A short row or two is faster by row: 100 tokens take less than half as long.
-    if block_table is not None and T == 1 and block_table.numel() * k_cache.shape[1] > 512:
-        return by_block(q, k_cache, v_cache, ends, block_table)
+    # Up to three short rows are faster by row: one of 100 tokens takes less than half as long.
+    if T == 1 and block_table is not None:
+        if B > 3 or block_table.numel() * k_cache.shape[1] > 1024:
+            return by_block(q, k_cache, v_cache, ends, block_table)
     return by_row(q, k_cache, v_cache, ends, block_table, causal)
 
 
