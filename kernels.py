@@ -77,10 +77,9 @@ def flash_attn_with_kvcache(
         k_cache[block, slot], v_cache[block, slot] = k, v
         ends = cache_seqlens + T
     # Up to three short rows are faster by row: one of 100 tokens takes less than half as long.
-    if T == 1 and block_table is not None:
-        if B > 3 or block_table.numel() * k_cache.shape[1] > 1024:
-            return by_block(q, k_cache, v_cache, ends, block_table)
-    return by_row(q, k_cache, v_cache, ends, block_table, causal)
+    if block_table is None or T > 1 or (B <= 3 and block_table.numel() * k_cache.shape[1] <= 1024):
+        return by_row(q, k_cache, v_cache, ends, block_table, causal)
+    return by_block(q, k_cache, v_cache, ends, block_table)
 
 
 def by_row(q, k_cache, v_cache, ends, block_table, causal):
