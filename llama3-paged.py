@@ -133,32 +133,40 @@ def generate(model, cache, tokens, limits, stop, args, stats):
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
     while waiting or running:
-        prefill = 0  # Tokens of newly admitted requests; 512 are enough for a step.
         with stats.clock("manager"):
             while not cache.can_grow():
                 cache.release([len(running) - 1])
                 waiting.appendleft(running.pop())
                 stats.preemptions += 1
             cache.grow()
-            while waiting and prefill < 512 and cache.can_admit(len(tokens[waiting[0]])):
+            # While there are prompts to read, a step has 512 new tokens, or two a row; what is left
+            # of one is for the next step. (Steps of one size share oneDNN's kernels: 20 MB less.)
+            size, stored = max(512, 2 * len(running)), cache.positions().tolist()
+            most = size - len(running) + 1
+            new = [tokens[r][n : n + most] for r, n in zip(running, stored, strict=True)]
+            left = size - sum(map(len, new))
+            while waiting and left > 0 and cache.can_admit(len(tokens[waiting[0]])):
                 running.append(waiting.popleft())
-                prefill += len(tokens[running[-1]])
                 cache.admit(len(tokens[running[-1]]))
+                new.append(tokens[running[-1]][:left])
+                left -= len(new[-1])
             seq_len, block_table = cache.tables()
-        new = [tokens[r][n:] for r, n in zip(running, seq_len.tolist(), strict=True)]
-        with stats.clock("prefill" if prefill else "decode"):
+        with stats.clock("prefill" if max(map(len, new)) > 1 else "decode"):
             chosen = choose(forward(model, new, seq_len, attend), args.temperature)
-        for request, token in zip(running, chosen, strict=True):
-            tokens[request].append(token)
-        stats.mark(running)
         with stats.clock("manager"):
             cache.advance([len(t) for t in new])
             stats.sample(len(running), len(waiting), *cache.usage())
             if args.trace:
                 stats.trace(owners.blocks(cache, running))
-            ended = [len(tokens[r]) >= limits[r] or tokens[r][-1] in stop for r in running]
-            cache.release([row for row, end in enumerate(ended) if end])
-            running = [r for r, end in zip(running, ended, strict=True) if not end]
+            ended, stored = [], cache.positions().tolist()
+            for row, (request, token) in enumerate(zip(running, chosen, strict=True)):
+                if stored[row] == len(tokens[request]):  # All is read.
+                    tokens[request].append(token)
+                    stats.mark([request])
+                    if len(tokens[request]) >= limits[request] or token in stop:
+                        ended.append(row)
+            cache.release(ended)
+            running = [request for row, request in enumerate(running) if row not in ended]
 
 
 @torch.inference_mode()

@@ -172,11 +172,15 @@ def products_alone(folder, extra):
 
     def run(prompts, n_new):
         waiting, running = [len(prompt) for prompt in prompts], 0
-        while waiting:
-            n_tokens, before = 0, running
-            while waiting and n_tokens < 512:
-                n_tokens, running = n_tokens + waiting.pop(0), running + 1
-            step(n_tokens + before, running)
+        while waiting:  # In steps of 512 tokens, in which rows that have been read have one each.
+            left, rows = 512 - running, running
+            while waiting and left > 0:
+                read = min(left, waiting[0])
+                left, rows, waiting[0] = left - read, rows + 1, waiting[0] - read
+                if waiting[0] == 0:
+                    del waiting[0]
+                    running += 1
+            step(512 - left, rows)
         start = time.perf_counter()
         for _ in range(n_new - 1):
             step(running, running)
