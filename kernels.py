@@ -104,7 +104,8 @@ def by_row(q, k_cache, v_cache, ends, block_table, causal):
             continue
         # Written out, for a tile of queries at a time, whose scores stay in the processor's cache.
         # SDPA takes 1.6 to 2.1 times as long in bfloat16 from 400 tokens on, 0.5 to 1 in float32.
-        for start in range(0, T, tile):
+        # The last tile sees most keys: the memory that its scores leave is enough for the others'.
+        for start in reversed(range(0, T, tile)):
             some = queries[:, start : start + tile] * D**-0.5  # (Hkv, t, H / Hkv, D)
             t = some.shape[1]
             end = n - T + start + t if causal else n  # What the last of these queries sees.
