@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 import owners
 from inputs import PROMPTS, SMOLLM2, at_least, load, or_exit, read_prompts, writable
-from kernels import flash_attn_with_kvcache, linear
+from kernels import linear
 from stats import Stats
+from support.attention import flash_attn_with_kvcache
 
 # Throughout this program
 #     B  requests in the batch, one row each       H    query heads
@@ -108,6 +109,7 @@ def forward(model, new, seq_len, attend):
         y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
         gate, up = linear(y, w[name + "feed_forward.w13"]).chunk(2, dim=1)
         x += linear(F.silu(gate).mul_(up), w[name + "feed_forward.w2"])
+        del pairs, gate, up  # Or the next layer would have them in memory beside its own.
     return linear(F.rms_norm(x[ends - 1], x.shape[1:], w["norm"], eps), w["output"])
 
 

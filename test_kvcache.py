@@ -39,7 +39,6 @@ import owners
 import pages
 import prefix
 import window
-from kernels import flash_attn_with_kvcache, linear, pack
 from kvcache import BlockPool, OutOfBlocks, PagedCache, TieredCache
 from stats import Stats
 
@@ -216,191 +215,6 @@ def answers(result):
 
 def tiny_prompt(text):
     return [256, *text.encode(), 257]
-
-
-# --- Attention ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("append", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize(("H", "Hkv"), [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("total", [[17], [5, 4, 3], [3, 4, 17, 5], [16, 8, 9, 4, 7]])
-def test_attention_is_softmax(paged, append, causal, T, H, Hkv, total):
-    """Ragged lengths; caches that are strided views; 1e30 in each slot that must not matter."""
-    torch.manual_seed(0)
-    D, block_size, B = 8, 4, len(total)  # total: lengths that count the new tokens.
-    k, v = torch.randn(2, B, T, Hkv, D)
-    stored = torch.randn(2, B, 20, Hkv, D)
-    cache = torch.full((2, B, 3, 20, Hkv, D), 1e30)[:, :, 1]  # One layer of three: strided.
-    table = None
-    if paged:
-        table = torch.randperm(40)[: B * 5].view(B, 5).int()
-        pool = torch.full((40, 3, 2, Hkv, block_size, D), 1e30)
-        cache = pool[:, 1].transpose(0, 1).transpose(2, 3)
-
-    def place(t):  # Where token t of each row lives.
-        rows = torch.arange(B)
-        return (table[rows, t // block_size], t % block_size) if paged else (rows, t)
-
-    before = [n - T if append else n for n in total]
-    for row, n in enumerate(before):
-        for t in range(n):
-            where = tuple(x[row] if torch.is_tensor(x) else x for x in place(t))
-            cache[:, where[0], where[1]] = stored[:, row, t]
-    untouched = cache.clone()
-    q = 40 * torch.randn(B, T, H, D)  # Scores whose exponentials overflow.
-    out = flash_attn_with_kvcache(
-        q, cache[0], cache[1], *((k, v) if append else ()),
-        cache_seqlens=torch.tensor(before, dtype=torch.int32), block_table=table, causal=causal,
-    )  # fmt: skip
-    for row, n in enumerate(total):
-        both = [stored[i, row, : before[row]] for i in (0, 1)]
-        if append:
-            both = [torch.cat([old, new[row]]) for old, new in zip(both, (k, v), strict=True)]
-        for h in range(H):
-            keys, values = (x[:, h // (H // Hkv)].double() for x in both)
-            scores = q[row, :, h].double() @ keys.T / math.sqrt(D)
-            for t in range(T if causal else 0):
-                scores[t, n - T + t + 1 :] = -math.inf
-            torch.testing.assert_close(out[row, :, h], (scores.softmax(-1) @ values).float())
-        for t in range(before[row], before[row] + T * append):  # The append: these slots only.
-            where = tuple(x[row] if torch.is_tensor(x) else x for x in place(t))
-            untouched[:, where[0], where[1]] = torch.stack([k, v])[:, row, t - before[row]]
-    torch.testing.assert_close(cache, untouched, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("block_size", [4, 24, 128])
-def test_attention_by_block_finds_each_pieces_row(block_size):
-    """Attention by row is the oracle: blocks anywhere, two of them in two rows, some in none."""
-    torch.manual_seed(0)
-    pool = torch.randn(2, 150, 3, block_size, 8)  # K and V, blocks, heads, slots, D
-    k_cache, v_cache = pool.transpose(2, 3)
-    ends = torch.tensor([9, 64, 150, 73, 1, 65])
-    ids, table = torch.randperm(150).tolist(), torch.full((6, 150 // block_size + 1), -1).int()
-    for row, n in enumerate(ends.tolist()):
-        for place in range(-(-n // block_size)):
-            table[row, place] = ids.pop()
-    table[3, :2] = table[2, :2]
-    q, before = torch.randn(6, 1, 6, 8), pool.clone()
-    for _ in range(2):
-        got = kernels.by_block(q, k_cache, v_cache, ends, table)
-        expected = kernels.by_row(q, k_cache, v_cache, ends, table, causal=True)
-        torch.testing.assert_close(got, expected)
-        # Then with the same tensors, but other lengths and blocks: nothing old is remembered.
-        ends[:] = ends.flip(0)
-        table[:] = table.flip(0)
-    assert torch.equal(pool, before)
-
-
-def test_attention_by_block_has_few_sizes():
-    """oneDNN keeps a compiled kernel for each: with one a step, 0.3 GB after 250 tokens."""
-    table, sizes = torch.arange(800).view(8, 100), set()
-    for n in range(1000, 1250):
-        sizes.add(len(kernels.pieces_of(torch.tensor([n] * 8), table, 16, 3)[1]))
-    assert len(sizes) < 4
-
-
-def test_attention_by_block_copies_into_the_same_memory():
-    """Within inference mode and outside it; glibc may give back what is freed, page by page."""
-    pool = torch.randn(2, 50, 3, 16, 8)
-    arguments = torch.randn(2, 1, 6, 8), *pool.transpose(2, 3), torch.tensor([300, 90])
-    table = torch.arange(50).view(2, 25)
-    kernels.workspace.cache_clear()
-    with torch.inference_mode():
-        inside = kernels.by_block(*arguments, table)
-    torch.testing.assert_close(kernels.by_block(*arguments, table), inside, rtol=0, atol=0)
-    assert kernels.workspace.cache_info().misses == 1
-
-
-def test_new_tokens_are_stored_where_the_table_says_now():
-    """The lengths and the table change in place from step to step."""
-    pool, table = torch.zeros(2, 6, 2, 4, 8), torch.arange(6).view(2, 3).int()
-    seq_len, new = torch.zeros(2, dtype=torch.int32), torch.randn(3, 2, 1, 2, 8)
-    for step, q in enumerate(new):
-        if step == 2:
-            table[:] = table.flip(0)
-        places = {"cache_seqlens": seq_len, "block_table": table}
-        flash_attn_with_kvcache(q, *pool.transpose(2, 3), q, -q, **places, causal=True)
-        seq_len += 1
-    expected = torch.zeros_like(pool)
-    for row, (before, after) in enumerate([(0, 3), (3, 0)]):
-        expected[0, before, :, :2] = new[:2, row, 0].transpose(0, 1)
-        expected[0, after, :, 2] = new[2, row, 0]
-    expected[1] = -expected[0]
-    assert torch.equal(pool, expected)
-
-
-def test_attention_of_long_prompts():
-    """Above 2,048 new tokens, tiles have more than 64 queries; the oracle is torch's attention."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2100, 2, 8)
-    cache, places = torch.zeros(2, 1, 2200, 2, 8), {"cache_seqlens": torch.tensor([0])}
-    out = flash_attn_with_kvcache(q, *cache, k, v, **places, causal=True)
-    heads = (x.transpose(1, 2) for x in (q, k, v))
-    expected = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
-    torch.testing.assert_close(out, expected.transpose(1, 2))
-
-
-@pytest.mark.parametrize(("B", "T"), [(1, 1), (6, 1), (2, 300)])
-def test_attention_in_bfloat16_is_close(B, T):
-    """Less than 1% off a softmax in float64 over the same rounded numbers, by row and by block."""
-    torch.manual_seed(0)
-    q, kv = torch.randn(B, T, 9, 64).bfloat16(), torch.randn(200, 2, 3, 16, 64).bfloat16()
-    k_cache, v_cache = kv.transpose(2, 3).unbind(1)
-    table, ends = torch.randperm(200)[: B * 30].view(B, 30), torch.randint(T, 480, (B,))
-    places = {"cache_seqlens": ends, "block_table": table}
-    out = flash_attn_with_kvcache(q, k_cache, v_cache, **places, causal=True)
-    for row, n in enumerate(ends.tolist()):
-        k, v = (cache[table[row]].flatten(0, 1)[:n].double() for cache in (k_cache, v_cache))
-        scores = torch.einsum("qkgd,tkd->qkgt", q[row].view(T, 3, 3, 64).double(), k) / 8
-        for t in range(T):
-            scores[t, :, :, n - T + t + 1 :] = -math.inf
-        expected = torch.einsum("qkgt,tkd->qkgd", scores.softmax(-1), v).flatten(1, 2)
-        assert (out[row] - expected).norm() < 0.01 * expected.norm()
-
-
-@pytest.mark.parametrize("B", [1, 4])
-def test_attention_in_float16_does_not_overflow(B):
-    """The mean of 8,192 values of 10; their sum would be beyond float16's 65,504."""
-    q, kv = torch.zeros(B, 1, 1, 64).half(), torch.full((2, 512, 16, 1, 64), 10).half()
-    table, ends = torch.arange(512).repeat(B, 1), torch.full((B,), 8192)
-    places = {"cache_seqlens": ends, "block_table": table}
-    out = flash_attn_with_kvcache(q, *kv, **places, causal=True)
-    torch.testing.assert_close(out, torch.full_like(out, 10))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_matrices_multiply_as_plain_ones(dtype):
-    torch.manual_seed(0)
-    x, weight = torch.randn(5, 70, dtype=dtype), torch.randn(33, 70, dtype=dtype)
-    packed = pack(weight)
-    can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert packed.is_mkldnn == bool(dtype == torch.bfloat16 and can)
-    expected = (x.double() @ weight.double().T).to(dtype)
-    torch.testing.assert_close(linear(x, packed), expected, rtol=0.01, atol=0.01)
-
-
-@pytest.mark.skipif(
-    not (kernels.flash_attn_kernel and torch.cuda.is_available()),
-    reason="needs flash-attn and a CUDA card",
-)
-@pytest.mark.parametrize("T", [1, 5])
-def test_flash_attn_agrees_with_the_definition(T):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, T, 8, 64), *torch.randn(2, 3, T, 2, 64)
-    pool = torch.randn(9, 2, 2, 2, 256, 64).transpose(3, 4)
-    table = torch.randperm(9).view(3, 3).int()
-    seq_len = torch.tensor([1, 255, 600], dtype=torch.int32)
-    expected, got = (
-        flash_attn_with_kvcache(
-            *(x.to(device, dtype) for x in (q, pool[:, 1, 0], pool[:, 1, 1], k, v)),
-            cache_seqlens=seq_len.to(device), block_table=table.to(device), causal=True,
-        )
-        for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16))
-    )  # fmt: skip
-    torch.testing.assert_close(got.float().cpu(), expected, rtol=2e-2, atol=2e-2)
 
 
 # --- Blocks ---------------------------------------------------------------------------------------
@@ -1532,19 +1346,19 @@ def test_order_of_admission(tmp_path, tiny, monkeypatch, slots, overlap):
     assert any(now[0] > old[1] - now[1] > 0 for old, now in pairwise(sampled)) == overlap
 
 
-def test_a_step_that_reads_prompts_has_512_tokens(tmp_path, tiny, monkeypatch):
+def test_a_step_that_reads_prompts_has_1024_tokens(tmp_path, tiny, monkeypatch):
     """What is left of a prompt is read by the next step, before others are admitted."""
-    texts = [text_of(n, seed=n) for n in (246, 247, 1198, 248)]
+    texts = [text_of(n, seed=n) for n in (246, 247, 2398, 248)]
     steps = record(monkeypatch, PagedCache, "advance")
     result = run(PAGED, tiny, tmp_path, texts, "--max-new-tokens", 3)
-    expected = [[248, 249, 15], [1, 1, 510], [1, 1, 510], [165, 250], [1, 1], [1, 1]]
+    expected = [[248, 249, 527], [1, 1, 1022], [1, 1, 851, 171], [1, 79], [1, 1], [1]]
     assert [new for (new,) in steps] == expected
     assert answers(result) == answers(run(NAIVE, tiny, tmp_path, texts, "--max-new-tokens", 3))
 
 
 def test_more_rows_than_a_step_has_tokens(tmp_path, tiny):
-    result = run(PAGED, tiny, tmp_path, ["a"] * 600, "--max-new-tokens", 12)
-    assert result["max_batch"]["peak"] == 600
+    result = run(PAGED, tiny, tmp_path, ["a"] * 1100, "--max-new-tokens", 12)
+    assert result["max_batch"]["peak"] == 1100
 
 
 def test_exactly_enough_memory_is_enough(tmp_path, tiny):
@@ -1566,7 +1380,7 @@ def test_budget_and_commit_by_default(tmp_path, tiny):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 @pytest.mark.parametrize("gb", [0.05, 1.4])
 def test_peak_memory(smollm2, gb):
-    """The resident set stays within weights + budget + 400 MB, where the budget is used up, too."""
+    """The resident set stays within weights + budget + 500 MB, where the budget is used up, too."""
     command = (
         "import pathlib, runpy, sys; sys.argv = sys.argv[1:]; "
         "runpy.run_path(sys.argv[0], run_name='__main__'); "
@@ -1576,7 +1390,7 @@ def test_peak_memory(smollm2, gb):
     run = [sys.executable, "-c", command, HERE / "llama3-paged.py", "49", *options]
     out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", out)[1]) * 1024
-    assert 300e6 < peak < (smollm2 / "consolidated.00.pth").stat().st_size + gb * 1e9 + 400e6
+    assert 300e6 < peak < (smollm2 / "consolidated.00.pth").stat().st_size + gb * 1e9 + 500e6
 
 
 def test_clocks_add_up():

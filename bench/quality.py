@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from common import RESULTS, load_script, save
 
-import kernels
 from kvcache import blocks_for
+from support import attention
 from window import RetrievalCache, WindowCache, bounds_of, choose, plan
 
 PARTS = ("speed", "kept", "perplexity", "needle")
@@ -46,7 +46,7 @@ class Bench:
     """The model, and one text at a time that goes through it under a policy."""
 
     def __init__(self, argv=("1",)):
-        kernels.flash_attn_kernel = None  # It does not take blocks of 16 tokens and fewer.
+        attention.flash_attn_kernel = None  # It does not take blocks of 16 tokens and fewer.
         self.script = load_script("llama3-tiered")
         # The logits of all tokens, not only of the last of each row.
         self.script.accumulate = lambda lengths: range(1, sum(lengths) + 1)

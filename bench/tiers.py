@@ -50,7 +50,7 @@ class Bench:
         self.args.max_seq_len = 10**6
         self.model, _, _ = self.script.load(self.args)
         self.params = self.model[0]
-        self.size = 256 if self.script.runs_flash_attn(self.args.device, self.dtype()) else 16
+        self.size = self.script.block_size_for(self.args, 16)
         self.seed = 0
 
     def dtype(self):

@@ -1,0 +1,104 @@
+"""The one attention call of all scripts: what it is, and who computes it faster.
+
+Throughout this file
+    B  requests in the batch, one row each       H    query heads
+    T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
+    n  tokens of a row, new ones included        D    size of a head
+"""
+
+import math
+import sys
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from flash_attn import flash_attn_with_kvcache as flash_attn_kernel
+except ImportError:
+    flash_attn_kernel = None
+try:
+    from support.cpu_kernels import decode, decodes
+except ImportError:
+    decodes = None
+    print("Attention on a CPU is much faster with numba: pip install numba", file=sys.stderr)
+
+
+def runs_flash_attn(device, dtype):
+    """Whether attention is flash-attn's kernel, which takes blocks of 256 tokens or a multiple."""
+    return flash_attn_kernel and torch.device(device).type == "cuda" and dtype != torch.float32
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, block_table=None, causal=False
+):
+    """Attention of q (B, T, H, D) over cached keys and values, as flash-attn 2 defines it.
+
+    k, v (B, T, Hkv, D) are stored first, behind the cache_seqlens (B,) tokens that each row has in
+    k_cache, v_cache (B, slots, Hkv, D), or (n_blocks, block_size, Hkv, D) with a block_table (B,
+    width); both are int32. causal: the last query sees all keys, the one before it all but the
+    last, and so on. Each row has at least one key, and at least T if causal. Returns (B, T, H, D).
+    """
+    T, appends, places = q.shape[1], k is not None, (cache_seqlens, block_table)
+    if runs_flash_attn(q.device, q.dtype):
+        return flash_attn_kernel(
+            q, k_cache, v_cache, k, v,
+            cache_seqlens=cache_seqlens, block_table=block_table, causal=causal,
+        )  # fmt: skip
+    if T == 1 and appends and decodes and decodes(q):
+        return decode(q, k_cache, v_cache, k, v, *places)
+    if T > 1 and appends and causal:
+        return read_prompts(q, k_cache, v_cache, k, v, *places)
+    return attention(q, k_cache, v_cache, k, v, *places, causal)
+
+
+def slots_of(row, n, cache, block_table):
+    """Where the first n tokens of a row are: block and slot (n,) of each."""
+    t = torch.arange(n, device=cache.device)
+    if block_table is None:  # A row is one block.
+        return torch.full_like(t, row), t
+    block_size = cache.shape[1]
+    return block_table[row, t // block_size], t % block_size
+
+
+def attention(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal):
+    """The definition: store, then one softmax for each row, query and head, in float32 or better.
+
+    The arguments are those of flash_attn_with_kvcache().
+    """
+    (B, T, H, D), Hkv = q.shape, k_cache.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = torch.empty_like(q)
+    for row in range(B):
+        stored = int(cache_seqlens[row])
+        n = stored if k is None else stored + T
+        block, slot = slots_of(row, n, k_cache, block_table)
+        if k is not None:
+            k_cache[block[stored:], slot[stored:]] = k[row]
+            v_cache[block[stored:], slot[stored:]] = v[row]
+        keys = k_cache[block, slot].to(dtype).repeat_interleave(H // Hkv, 1)  # (n, H, D)
+        values = v_cache[block, slot].to(dtype).repeat_interleave(H // Hkv, 1)
+        scores = torch.einsum("thd,nhd->htn", q[row].to(dtype), keys) / math.sqrt(D)
+        if causal:
+            later = torch.ones(T, n, dtype=torch.bool, device=q.device).triu(n - T + 1)
+            scores.masked_fill_(later, -math.inf)
+        out[row] = torch.einsum("htn,nhd->thd", scores.softmax(2), values)
+    return out
+
+
+def read_prompts(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
+    """The same for several new tokens a row, causal, by PyTorch's own flash kernel."""
+    out = torch.empty_like(q)
+    for row, stored in enumerate(cache_seqlens.tolist()):
+        T, keys, values = q.shape[1], k[row], v[row]
+        block, slot = slots_of(row, stored + T, k_cache, block_table)
+        k_cache[block[stored:], slot[stored:]] = keys
+        v_cache[block[stored:], slot[stored:]] = values
+        seen = {"is_causal": True}
+        if stored:
+            keys, values = k_cache[block, slot], v_cache[block, slot]
+            mask = torch.ones(T, stored + T, dtype=torch.bool, device=q.device)
+            seen = {"attn_mask": mask.tril(stored)}
+        heads_first = (x.transpose(0, 1)[None] for x in (q[row], keys, values))  # (1, H, T, D)
+        attended = F.scaled_dot_product_attention(*heads_first, **seen, enable_gqa=True)
+        out[row] = attended[0].transpose(0, 1)
+    return out
