@@ -1,4 +1,8 @@
-"""The one attention call of all scripts: what it is, and who computes it faster.
+"""The one attention call of all scripts: its definition, and who computes the same faster.
+
+Read by_definition() first. flash_attn_with_kvcache(), which the scripts call, passes on to
+flash-attn on a CUDA card, to cpu_kernels.py for decode steps on a CPU, to PyTorch's flash kernel for
+prompts, and to the definition otherwise.
 
 Throughout this file
     B  requests in the batch, one row each       H    query heads
@@ -20,7 +24,7 @@ try:
     from support.cpu_kernels import decode, decodes
 except ImportError:
     decodes = None
-    print("Attention on a CPU is much faster with numba: pip install numba", file=sys.stderr)
+    print("Decode steps on a CPU are faster by far with numba: pip install numba", file=sys.stderr)
 
 
 def runs_flash_attn(device, dtype):
@@ -48,7 +52,7 @@ def flash_attn_with_kvcache(
         return decode(q, k_cache, v_cache, k, v, *places)
     if T > 1 and appends and causal:
         return read_prompts(q, k_cache, v_cache, k, v, *places)
-    return attention(q, k_cache, v_cache, k, v, *places, causal)
+    return by_definition(q, k_cache, v_cache, k, v, *places, causal)
 
 
 def slots_of(row, n, cache, block_table):
@@ -60,10 +64,10 @@ def slots_of(row, n, cache, block_table):
     return block_table[row, t // block_size], t % block_size
 
 
-def attention(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal):
-    """The definition: store, then one softmax for each row, query and head, in float32 or better.
+def by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal):
+    """Store the new keys and values, then take one softmax for each row, query and head.
 
-    The arguments are those of flash_attn_with_kvcache().
+    Arguments and result are those of flash_attn_with_kvcache(). In float32 or better.
     """
     (B, T, H, D), Hkv = q.shape, k_cache.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -86,7 +90,7 @@ def attention(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal):
 
 
 def read_prompts(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
-    """The same for several new tokens a row, causal, by PyTorch's own flash kernel."""
+    """The same, causal, by PyTorch's flash kernel, which keeps no score of each query and key."""
     out = torch.empty_like(q)
     for row, stored in enumerate(cache_seqlens.tolist()):
         T, keys, values = q.shape[1], k[row], v[row]

@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 def define(q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, block_table=None, causal=False):
     """The definition, called as flash_attn_with_kvcache() is."""
-    return attention.attention(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
+    return attention.by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
 
 
 @pytest.mark.parametrize("attend", [define, flash_attn_with_kvcache])
