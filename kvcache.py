@@ -83,8 +83,7 @@ class PagedCache:
     def __init__(self, n_blocks, block_size, max_rows, max_seq_len, shape, dtype, device):
         """Take the memory of n_blocks * block_size tokens. shape: (layers, K and V heads, D)."""
         L, Hkv, D = shape
-        # In a block, the keys of one head lie side by side: a matrix. All are finite, as attention
-        # by block asks for.
+        # In a block, the keys of one head lie side by side: a matrix.
         size = (L, 2, n_blocks, Hkv, block_size, D)
         self.kv = zeros(size, dtype, device)
         self.block_size, self.pool = block_size, BlockPool(n_blocks)

@@ -1,8 +1,8 @@
 """The one attention call of all scripts: its definition, and who computes the same faster.
 
-Read by_definition() first. flash_attn_with_kvcache(), which the scripts call, passes on to
-flash-attn on a CUDA card, to cpu_kernels.py for decode steps on a CPU, to PyTorch's flash kernel for
-prompts, and to the definition otherwise.
+Read by_definition() first. flash_attn_with_kvcache(), which the scripts call, leaves the work to
+flash-attn on a CUDA card, to cpu_kernels.py for decode steps on a CPU, to PyTorch's flash kernel
+for prompts, and to the definition otherwise.
 
 Throughout this file
     B  requests in the batch, one row each       H    query heads
@@ -21,10 +21,12 @@ try:
 except ImportError:
     flash_attn_kernel = None
 try:
-    from support.cpu_kernels import decode, decodes
+    from support.cpu_kernels import can_decode, decode
 except ImportError:
-    decodes = None
     print("Decode steps on a CPU are faster by far with numba: pip install numba", file=sys.stderr)
+
+    def can_decode(q):
+        return False
 
 
 def runs_flash_attn(device, dtype):
@@ -42,17 +44,17 @@ def flash_attn_with_kvcache(
     width); both are int32. causal: the last query sees all keys, the one before it all but the
     last, and so on. Each row has at least one key, and at least T if causal. Returns (B, T, H, D).
     """
-    T, appends, places = q.shape[1], k is not None, (cache_seqlens, block_table)
+    T, appends = q.shape[1], k is not None
     if runs_flash_attn(q.device, q.dtype):
         return flash_attn_kernel(
             q, k_cache, v_cache, k, v,
             cache_seqlens=cache_seqlens, block_table=block_table, causal=causal,
         )  # fmt: skip
-    if T == 1 and appends and decodes and decodes(q):
-        return decode(q, k_cache, v_cache, k, v, *places)
+    if T == 1 and appends and can_decode(q):
+        return decode(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     if T > 1 and appends and causal:
-        return read_prompts(q, k_cache, v_cache, k, v, *places)
-    return by_definition(q, k_cache, v_cache, k, v, *places, causal)
+        return read_prompts(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
+    return by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
 
 
 def slots_of(row, n, cache, block_table):
@@ -90,19 +92,19 @@ def by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
 
 
 def read_prompts(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
-    """The same, causal, by PyTorch's flash kernel, which keeps no score of each query and key."""
-    out = torch.empty_like(q)
+    """The same for several new tokens a row, causal, by PyTorch's flash kernel (on a CPU)."""
+    T, out = q.shape[1], torch.empty_like(q)
     for row, stored in enumerate(cache_seqlens.tolist()):
-        T, keys, values = q.shape[1], k[row], v[row]
+        keys, values = k[row], v[row]
         block, slot = slots_of(row, stored + T, k_cache, block_table)
         k_cache[block[stored:], slot[stored:]] = keys
         v_cache[block[stored:], slot[stored:]] = values
-        seen = {"is_causal": True}
-        if stored:
+        mask = {"is_causal": True}
+        if stored:  # Then there are more keys than queries, of which is_causal would see the first.
             keys, values = k_cache[block, slot], v_cache[block, slot]
-            mask = torch.ones(T, stored + T, dtype=torch.bool, device=q.device)
-            seen = {"attn_mask": mask.tril(stored)}
+            all_seen = torch.ones(T, stored + T, dtype=torch.bool, device=q.device)
+            mask = {"attn_mask": all_seen.tril(stored)}
         heads_first = (x.transpose(0, 1)[None] for x in (q[row], keys, values))  # (1, H, T, D)
-        attended = F.scaled_dot_product_attention(*heads_first, **seen, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(*heads_first, **mask, enable_gqa=True)
         out[row] = attended[0].transpose(0, 1)
     return out

@@ -8,9 +8,9 @@
         for each token of the row, in the block where it lies
             attended += weight * value              for each query head of the group
 
-Nothing is gathered, copied or padded: a block is read in place, and a contiguous row is the case of
-one block a row. All is computed in float32. Read compiled() first. What stands before it is what
-numba lacks: numbers of 16 bits, a fast e^x, and asking for memory in advance.
+No key or value is gathered, copied or padded: a block is read in place, and a contiguous row is the
+case of one block a row. All is computed in float32. Read compiled() first. What stands before it is
+what numba lacks: numbers of 16 bits, a fast 2^x, and asking for memory in advance.
 
 Throughout this file
     B  requests in the batch, one row each       H    query heads
@@ -24,8 +24,8 @@ import os
 
 import numpy as np
 
-# Of numba's thread pools OpenMP's is the fastest beside torch: steps of 49 rows took twice as long
-# with `workqueue`.
+# numba reads this when it is imported. OpenMP is what torch runs on, too; with `workqueue`, decode
+# attention of 49 rows between torch's products took more than twice as long.
 os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 
 import torch
@@ -33,15 +33,17 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-# numpy has no bfloat16, and numba computes with neither: they go in as integers of 16 bits.
+# numpy has no bfloat16, and numba computes with neither float of 16 bits: both go in as integers,
+# whose sign says which they are.
 AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 
-AHEAD = 16  # Tokens between the one that is read and the one that is asked for: see prefetch().
+# Tokens between the one that is read and the one that prefetch() asks for: 16 to 48 were the same.
+AHEAD = 16
 
 
 @intrinsic
 def as_float(typingctx, number):
-    """The float32 that these bits are: all 32, or (uint16) a bfloat16, or (int16) a float16."""
+    """The float32 of these bits: a bfloat16's (uint16), a float16's (int16), its own (others)."""
 
     def codegen(context, builder, signature, args):
         bits = args[0]
@@ -69,20 +71,20 @@ def prefetch(typingctx, array, i):
         place, int32 = builder.gep(data, [args[1]]), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [place.type, int32, int32, int32])
         function = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        builder.call(function, [place, int32(0), int32(3), int32(1)])  # To read, keep, data.
+        builder.call(function, [place, int32(0), int32(3), int32(1)])  # Read; to all caches; data.
         return context.get_dummy_value()
 
     return types.void(array, types.int64), codegen
 
 
-# 2^x from -0.5 to 0.5 by a polynomial through Chebyshev's nodes.
+# 2^x from -0.5 to 0.5: least squares over Chebyshev's nodes.
 NODES = np.cos(np.pi * (np.arange(64) + 0.5) / 64) / 2
 POLYNOMIAL = tuple(np.polynomial.Polynomial.fit(NODES, 2**NODES, 5).convert().coef.astype("f4"))
 
 
 @njit(inline="always")
 def power_of_2(x):
-    """2^x for x <= 0, relative error below 3e-7: the whole part of x is the float's exponent."""
+    """2^x for -126 <= x <= 0, and 2^-126 below: the whole part of x is the float's exponent."""
     x = max(x, np.float32(-126))
     whole = np.floor(x + np.float32(0.5))
     a, b, c, d, e, f = POLYNOMIAL
@@ -93,26 +95,26 @@ def power_of_2(x):
 
 @functools.cache
 def compiled(dtype, D, G):
-    """The loop for a dtype, head size and group; that they are constants makes it faster.
+    """The loop for a dtype, head size and group. numba takes them as constants, which is faster.
 
     Compiled when first asked for and kept on disk, in __pycache__ or else the user's cache folder.
     """
     scale = np.float32(D**-0.5 * math.log2(math.e))  # Scores in bits: weights are powers of 2.
 
-    # k_cache and v_cache are all numbers of a cache in one line, where the next block, slot and head
-    # begin `block`, `slot` and `head` numbers further on; a block has `size` slots.
-    def decode(q, k, v, k_cache, v_cache, seq_len, block_table, out, size, block, slot, head):
-        B, Hkv = k.shape[:2]
+    # k_cache and v_cache: all numbers of a cache in one line; strides lead to the next block, slot
+    # and head. A block has `size` slots.
+    def decode(q, k, v, k_cache, v_cache, seq_len, block_table, out, size, strides):
+        (B, Hkv, _), (block_stride, slot_stride, head_stride) = k.shape, strides
         for item in prange(Hkv * B):
             h, row = item // B, item % B
             n = seq_len[row] + 1
-            # Where each token lies. Behind the last one it is repeated, with a weight of 0: what
-            # looks ahead, or takes four tokens at a time, finds nothing of other rows there.
+            # Where each token lies. Behind the last one, `at` repeats it, with weights of 0: what
+            # looks ahead, or takes four at a time, never touches slots that hold nothing yet.
             at = np.empty(n + AHEAD + 3, np.int64)
             for i in range(-(-n // size)):
-                first = block_table[row, i] * block + h * head
+                first = block_table[row, i] * block_stride + h * head_stride
                 for t in range(i * size, min(n, i * size + size)):
-                    at[t] = first + (t - i * size) * slot
+                    at[t] = first + (t - i * size) * slot_stride
             for t in range(n, len(at)):
                 at[t] = at[n - 1]
             for d in range(D):
@@ -125,7 +127,7 @@ def compiled(dtype, D, G):
 
             weights = np.zeros((G, n + 3), np.float32)  # First the scores.
             for t in range(n):
-                for d in range(0, D, 32):  # 64 bytes.
+                for d in range(0, D, 32):  # 64 bytes, in 16 bits each.
                     prefetch(k_cache, at[t + AHEAD] + d)
                 key = k_cache[at[t] : at[t] + D]
                 for g in range(G):
@@ -143,7 +145,7 @@ def compiled(dtype, D, G):
                 for t in range(n):
                     weights[g, t] /= total
 
-            attended = out[row, h * G : (h + 1) * G]
+            attended = out[row, h * G : (h + 1) * G]  # Zeros so far.
             for t in range(0, n, 4):  # Four at a time: `attended` is read and written less often.
                 for i in range(4):
                     for d in range(0, D, 32):
@@ -165,7 +167,7 @@ def compiled(dtype, D, G):
     number = str(AS[dtype]).removeprefix("torch.")
     signature = (
         f"({number}[:,:,:], {number}[:,:,:], {number}[:,:,:], {number}[::1], {number}[::1], "
-        "int32[:], int32[:,:], float32[:,:,::1], int64, int64, int64, int64)"
+        "int32[:], int32[:,:], float32[:,:,::1], int64, UniTuple(int64, 3))"
     )
     # numba keeps an index for each name. One that several processes write for different loops
     # would mix them up: each loop has a name of its own.
@@ -184,7 +186,7 @@ def flat(cache):
     return cache.as_strided((size,), (1,), start)
 
 
-def decodes(q):
+def can_decode(q):
     """Whether decode() is for this device and dtype."""
     return q.device.type == "cpu" and q.dtype in AS
 
@@ -192,15 +194,17 @@ def decodes(q):
 def decode(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
     """flash_attn_with_kvcache() for one new token a row: q (B, 1, H, D), k and v (B, 1, Hkv, D)."""
     (B, _, H, D), (_, block_size, Hkv, _) = q.shape, k_cache.shape
-    assert k_cache.stride() == v_cache.stride() and k_cache.stride(3) == 1
+    assert q.dtype == k.dtype == k_cache.dtype and k_cache.stride() == v_cache.stride()
     if block_table is None:  # A row is one block.
         block_table = torch.arange(B, dtype=torch.int32)[:, None]
+    lengths, table = cache_seqlens.numpy(), block_table.numpy()
+    assert lengths.max() < table.shape[1] * block_size, "no slot for the new token"
     tensors = (q[:, 0], k[:, 0], v[:, 0], flat(k_cache), flat(v_cache))
     out = torch.zeros(B, H, D)
     loop = compiled(q.dtype, D, H // Hkv)
     loop(
         *(x.view(AS[q.dtype]).numpy() for x in tensors),
-        cache_seqlens.numpy(), block_table.numpy(), out.numpy(),
-        block_size, *k_cache.stride()[:3],
+        lengths, table, out.numpy(),
+        block_size, k_cache.stride()[:3],
     )  # fmt: skip
     return out.to(q.dtype)[:, None]

@@ -233,8 +233,9 @@ for name in sys.argv[1:]:
 def start(folder, *dtypes, **environment):
     """A process that uses the kernel in a copy of the checkout. Prints hits and misses."""
     command = [sys.executable, "-c", USE, *dtypes]
+    inherited = {name: value for name, value in os.environ.items() if "NUMBA" not in name}
     return subprocess.Popen(
-        command, cwd=folder, env={**os.environ, **environment}, text=True,
+        command, cwd=folder, env=inherited | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
