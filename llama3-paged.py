@@ -9,53 +9,24 @@ the youngest request is preempted: it loses its blocks, waits, and has them comp
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """
 
-import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
-from itertools import accumulate, chain, groupby
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import owners
-from inputs import PROMPTS, SMOLLM2, at_least, block_size_for, load, or_exit, read_prompts, writable
-from kernels import linear
 from kvcache import PagedCache, blocks_for
-from stats import Stats
+from support import trace
+from support.arguments import at_least, block_size_for, parse, run, shared_arguments
 from support.attention import flash_attn_with_kvcache
+from support.checkpoint import linear, load, or_exit
+from support.prompts import next_tokens, read_requests
+from support.report import Stats
 
 # Throughout this program
-#     B  requests in the batch, one row each       H    query heads
+#     B  requests in a call                        H    query heads
 #     T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
 #     N  new tokens of all requests, concatenated  D    size of a head
-
-# --- Arguments ------------------------------------------------------------------------------------
-
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
-add = parser.add_argument
-add("n", metavar="REQUESTS", type=at_least(1), help="after the last prompt, the first comes again")
-add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
-add("--prompts", metavar="FILE", default=PROMPTS, help="ShareGPT's schema")
-add("--kv-gb", metavar="GB", type=at_least(0, float), help="cache budget (1.4; CUDA: 90%% of free)")
-add("--max-seq-len", metavar="LEN", type=at_least(1), default=8192, help="prompt + answer (8192)")
-add("--max-new-tokens", metavar="LEN", type=at_least(1), default=256, help="of an answer (256)")
-add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
-add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
-add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
-add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-add("--json", metavar="FILE", type=writable, help="write statistics and answers there, too")
-add("--trace", metavar="FILE", type=writable, help="who has which memory, for bench/replay.py")
-
-
-def arguments(argv):
-    """The arguments, where they make sense; ends the program where they do not."""
-    args = parser.parse_args(argv)
-    torch.manual_seed(args.seed % 2**63)
-    return args
 
 
 # --- Llama 3 --------------------------------------------------------------------------------------
@@ -70,29 +41,28 @@ def rotations(params, positions):
         # Llama 3.1: what turns less than once in the 8,192 positions of pre-training is slowed
         # down, what turns more than four times is kept, and what lies between is blended.
         kept = ((8192 * frequencies / (2 * torch.pi) - 1) / (4 - 1)).clamp(0, 1)
-        factor = 8 if params["dim"] >= 4096 else 32  # 3.1's, and that of the small models of 3.2.
-        frequencies = frequencies * (kept + (1 - kept) / factor)
+        frequencies = frequencies * (kept + (1 - kept) / params["rope_scaling_factor"])
     angles = positions[:, None, None] * frequencies
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
-def forward(model, new, seq_len, attend):
-    """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
+def forward(model, new, first, attend):
+    """Logits (B, vocab) after the last of each request's new tokens.
 
-    new: a list of tokens for each row, an empty one for a row that takes no part. attend(layer,
-    rows, q, k, v) stores the keys and values of these rows (a slice) and attends to all of theirs.
+    new: a list of tokens for each, first: where in its text they begin. attend(layer, some, q, k,
+    v) stores the keys and values of some of the requests (a slice) and attends to all of theirs.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
-    lengths = [len(tokens) for tokens in new]
-    places = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
-    tokens, positions, ends = (
-        torch.tensor(list(numbers), device=w["norm"].device)
-        for numbers in (chain(*new), chain(*places), accumulate(filter(None, lengths)))
-    )
-    # One attention call for each run of neighbouring rows with equally many new tokens.
-    calls = [(T, list(rows)) for T, rows in groupby(range(len(new)), lengths.__getitem__) if T]
-    sizes = [T * len(rows) for T, rows in calls]
+    device, lengths = w["norm"].device, [len(tokens) for tokens in new]
+    tokens = torch.tensor([t for tokens in new for t in tokens], device=device)  # (N,)
+    places = [torch.arange(n, n + T) for n, T in zip(first, lengths, strict=True)]
+    positions = torch.cat(places).to(device)  # (N,)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1  # (B,)
+    # Attention takes all requests at once if T is the same for all, else one at a time.
+    same = min(lengths) == max(lengths)
+    calls = [slice(0, len(new))] if same else [slice(i, i + 1) for i in range(len(new))]
+    sizes = [sum(lengths[some]) for some in calls]
     rotation = rotations(params, positions)
     x = w["tok_embeddings"][tokens]  # (N, dim)
     for i in range(params["n_layers"]):
@@ -103,15 +73,16 @@ def forward(model, new, seq_len, attend):
         pairs = torch.view_as_complex(qkv[:, : H + Hkv].float().unflatten(2, (-1, 2)))
         qkv[:, : H + Hkv] = torch.view_as_real(pairs * rotation).flatten(2)  # (N, H + 2 Hkv, D)
         attended = []
-        for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
-            q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], 2)  # (rows, T, heads, D)
-            attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
+        for some, part in zip(calls, qkv.split(sizes), strict=True):
+            part = part.unflatten(0, (some.stop - some.start, -1))  # (B, T, H + 2 Hkv, D)
+            q, k, v = part.split([H, Hkv, Hkv], 2)
+            attended.append(attend(i, some, q, k, v).flatten(0, 1))
         x += linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
         y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
         gate, up = linear(y, w[name + "feed_forward.w13"]).chunk(2, dim=1)
         x += linear(F.silu(gate).mul_(up), w[name + "feed_forward.w2"])
         del pairs, gate, up  # Or the next layer would have them in memory beside its own.
-    return linear(F.rms_norm(x[ends - 1], x.shape[1:], w["norm"], eps), w["output"])
+    return linear(F.rms_norm(x[last], x.shape[1:], w["norm"], eps), w["output"])
 
 
 def choose(logits, temperature):
@@ -123,77 +94,73 @@ def choose(logits, temperature):
 
 # --- KV cache -------------------------------------------------------------------------------------
 
+parser = shared_arguments(__doc__)
+add = parser.add_argument
 add("--block-size", metavar="TOKENS", type=at_least(1), help="(32; flash-attn: 256)")
 
 
-def generate(model, cache, tokens, limits, stop, args, stats):
-    """Continue each list in `tokens`, in place, until a stop token or its limit ends it."""
-    waiting, running = deque(range(len(tokens))), []  # Row r is of request running[r].
+def generate(model, cache, requests, chat, args, stats):
+    """Answer all requests."""
+    waiting, running = deque(requests), {}  # row: its request, the oldest first.
 
-    def attend(layer, rows, q, k, v):
-        places = {"cache_seqlens": seq_len[rows], "block_table": block_table[rows]}
-        return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
+    def attend(layer, some, q, k, v):
+        # Token t of a row is in slot t % block_size of block block_table[row, t // block_size]:
+        # there k and v are stored, from t = seq_len on, and there attention reads.
+        return flash_attn_with_kvcache(
+            q, *cache.layer(layer), k, v,
+            cache_seqlens=seq_len[some], block_table=block_table[some], causal=True,
+        )  # fmt: skip
 
     while waiting or running:
         with stats.clock("manager"):
-            while not cache.can_grow():
-                cache.release([len(running) - 1])
-                waiting.appendleft(running.pop())
+            while not cache.can_grow():  # Preempt the youngest: its blocks are computed again.
+                row, request = running.popitem()
+                cache.release(row)
+                waiting.appendleft(request)
                 stats.preemptions += 1
             cache.grow()
-            # While there are prompts to read, a step has 1,024 new tokens, or two a row; what is
-            # left of one is for the next step. (2,048: hardly faster, 30 MB more of memory.)
-            size, stored = max(1024, 2 * len(running)), cache.positions().tolist()
-            most = size - len(running) + 1
-            new = [tokens[r][n : n + most] for r, n in zip(running, stored, strict=True)]
-            left = size - sum(map(len, new))
-            while waiting and left > 0 and cache.can_admit(len(tokens[waiting[0]])):
-                running.append(waiting.popleft())
-                cache.admit(len(tokens[running[-1]]))
-                new.append(tokens[running[-1]][:left])
-                left -= len(new[-1])
-            seq_len, block_table = cache.tables()
-        with stats.clock("prefill" if max(map(len, new)) > 1 else "decode"):
-            chosen = choose(forward(model, new, seq_len, attend), args.temperature)
+            while waiting and cache.can_admit(waiting[0].tokens):
+                request = waiting.popleft()
+                running[cache.admit(request.tokens)] = request
+            first = cache.positions().tolist()
+            new = next_tokens(running, first)
+            seq_len, block_table = cache.tables(list(new))
+        with stats.clock("prefill" if max(map(len, new.values())) > 1 else "decode"):
+            logits = forward(model, list(new.values()), [first[row] for row in new], attend)
+            chosen = choose(logits, args.temperature)
         with stats.clock("manager"):
-            cache.advance([len(t) for t in new])
-            stats.sample(len(running), len(waiting), *cache.usage())
+            cache.advance(new)
+            stats.sample(len(running), len(waiting), *cache.usage())  # What ends now was there.
             if args.trace:
-                stats.trace(owners.blocks(cache, running))
-            ended, stored = [], cache.positions().tolist()
-            for row, (request, token) in enumerate(zip(running, chosen, strict=True)):
-                if stored[row] == len(tokens[request]):  # All is read.
-                    tokens[request].append(token)
-                    stats.mark([request])
-                    if len(tokens[request]) >= limits[request] or token in stop:
-                        ended.append(row)
-            cache.release(ended)
-            running = [request for row, request in enumerate(running) if row not in ended]
+                stats.trace(trace.blocks(cache, running))
+            for (row, tokens), token in zip(new.items(), chosen, strict=True):
+                request = running[row]
+                if first[row] + len(tokens) < len(request.tokens):
+                    continue  # The next step reads on.
+                request.add(token)
+                if request.ended(chat["stop"]):
+                    cache.release(row)
+                    del running[row]
 
 
 @torch.inference_mode()
 def main(argv=None):
-    args = arguments(argv)
+    args = parse(parser, argv)
     model, encoding, chat = load(args)
-    texts, prompts = read_prompts(args, encoding, chat)
+    requests = read_requests(args, encoding, chat)
     stats = Stats(args, model[0])
     size = block_size_for(args, 32)  # 16 waste half as much, but a step of 49 rows takes 3% longer.
     room = stats.budget // (size * stats.bytes_per_token)
-    limits = [min(len(prompt) + args.max_new_tokens, args.max_seq_len) for prompt in prompts]
-    if (need := blocks_for(max(limits) - 1, size)) > room:
+    longest = max(request.limit for request in requests)
+    if (need := blocks_for(longest - 1, size)) > room:  # The last token is never stored.
         sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
     with or_exit(f"{stats.budget / 1e9:.2f} GB for the KV cache (--kv-gb) cannot be had"):
-        cache = PagedCache(room, size, args.n, max(limits), stats.shape, stats.dtype, args.device)
-    stop = {chat["special_tokens"][name] for name in chat["stop"]}
-    tokens = [list(prompt) for prompt in prompts]
+        cache = PagedCache(room, size, args.n, longest, stats.shape, stats.dtype, args.device)
     try:
-        generate(model, cache, tokens, limits, stop, args, stats)
+        generate(model, cache, requests, chat, args, stats)
     finally:  # Ctrl-C, too, leaves the answers and statistics so far.
-        stats.report(texts, prompts, tokens, encoding.decode, stop)
+        stats.report(requests, encoding.decode, chat["stop"])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or `| head` has seen enough.
-        os._exit(130)
+    run(main)

@@ -11,53 +11,24 @@ Not handled: checkpoints of more than one shard, several devices, top-p sampling
 """
 
 import mmap
-import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import deque
-from itertools import accumulate, chain, groupby
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import owners
-from inputs import PROMPTS, SMOLLM2, at_least, load, or_exit, read_prompts, writable
-from kernels import linear
-from pages import VirtualCache
-from stats import Stats
+from caches.virtual import VirtualCache
+from support import trace
+from support.arguments import at_least, parse, run, shared_arguments
 from support.attention import flash_attn_with_kvcache
+from support.checkpoint import linear, load, or_exit
+from support.prompts import next_tokens, read_requests
+from support.report import Stats
 
 # Throughout this program
-#     B  requests in the batch, one row each       H    query heads
+#     B  requests in a call                        H    query heads
 #     T  new tokens of a request in this step      Hkv  key and value heads, H / Hkv share one
 #     N  new tokens of all requests, concatenated  D    size of a head
-
-# --- Arguments ------------------------------------------------------------------------------------
-
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help.\n")
-add = parser.add_argument
-add("n", metavar="REQUESTS", type=at_least(1), help="after the last prompt, the first comes again")
-add("--model", metavar="DIR", type=Path, default=SMOLLM2, help="Llama 3 as Meta publishes it")
-add("--prompts", metavar="FILE", default=PROMPTS, help="ShareGPT's schema")
-add("--kv-gb", metavar="GB", type=at_least(0, float), help="cache budget (1.4; CUDA: 90%% of free)")
-add("--max-seq-len", metavar="LEN", type=at_least(1), default=8192, help="prompt + answer (8192)")
-add("--max-new-tokens", metavar="LEN", type=at_least(1), default=256, help="of an answer (256)")
-add("--temperature", metavar="X", type=float, default=0.0, help="0, the default, is greedy")
-add("--seed", metavar="S", type=int, default=0, help="for temperatures above 0")
-add("--device", choices=DEVICES, default=DEVICES[-1], help="the last of these by default")
-add("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-add("--json", metavar="FILE", type=writable, help="write statistics and answers there, too")
-add("--trace", metavar="FILE", type=writable, help="who has which memory, for bench/replay.py")
-
-
-def arguments(argv):
-    """The arguments, where they make sense; ends the program where they do not."""
-    args = parser.parse_args(argv)
-    torch.manual_seed(args.seed % 2**63)
-    return args
 
 
 # --- Llama 3 --------------------------------------------------------------------------------------
@@ -72,29 +43,28 @@ def rotations(params, positions):
         # Llama 3.1: what turns less than once in the 8,192 positions of pre-training is slowed
         # down, what turns more than four times is kept, and what lies between is blended.
         kept = ((8192 * frequencies / (2 * torch.pi) - 1) / (4 - 1)).clamp(0, 1)
-        factor = 8 if params["dim"] >= 4096 else 32  # 3.1's, and that of the small models of 3.2.
-        frequencies = frequencies * (kept + (1 - kept) / factor)
+        frequencies = frequencies * (kept + (1 - kept) / params["rope_scaling_factor"])
     angles = positions[:, None, None] * frequencies
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
 
-def forward(model, new, seq_len, attend):
-    """Logits (B, vocab) after each row's new tokens, which follow the seq_len (B,) stored ones.
+def forward(model, new, first, attend):
+    """Logits (B, vocab) after the last of each request's new tokens.
 
-    new: a list of tokens for each row, an empty one for a row that takes no part. attend(layer,
-    rows, q, k, v) stores the keys and values of these rows (a slice) and attends to all of theirs.
+    new: a list of tokens for each, first: where in its text they begin. attend(layer, some, q, k,
+    v) stores the keys and values of some of the requests (a slice) and attends to all of theirs.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
-    lengths = [len(tokens) for tokens in new]
-    places = [range(n, n + T) for n, T in zip(seq_len.tolist(), lengths, strict=True)]
-    tokens, positions, ends = (
-        torch.tensor(list(numbers), device=w["norm"].device)
-        for numbers in (chain(*new), chain(*places), accumulate(filter(None, lengths)))
-    )
-    # One attention call for each run of neighbouring rows with equally many new tokens.
-    calls = [(T, list(rows)) for T, rows in groupby(range(len(new)), lengths.__getitem__) if T]
-    sizes = [T * len(rows) for T, rows in calls]
+    device, lengths = w["norm"].device, [len(tokens) for tokens in new]
+    tokens = torch.tensor([t for tokens in new for t in tokens], device=device)  # (N,)
+    places = [torch.arange(n, n + T) for n, T in zip(first, lengths, strict=True)]
+    positions = torch.cat(places).to(device)  # (N,)
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1  # (B,)
+    # Attention takes all requests at once if T is the same for all, else one at a time.
+    same = min(lengths) == max(lengths)
+    calls = [slice(0, len(new))] if same else [slice(i, i + 1) for i in range(len(new))]
+    sizes = [sum(lengths[some]) for some in calls]
     rotation = rotations(params, positions)
     x = w["tok_embeddings"][tokens]  # (N, dim)
     for i in range(params["n_layers"]):
@@ -105,15 +75,16 @@ def forward(model, new, seq_len, attend):
         pairs = torch.view_as_complex(qkv[:, : H + Hkv].float().unflatten(2, (-1, 2)))
         qkv[:, : H + Hkv] = torch.view_as_real(pairs * rotation).flatten(2)  # (N, H + 2 Hkv, D)
         attended = []
-        for (T, rows), part in zip(calls, qkv.split(sizes), strict=True):
-            q, k, v = part.unflatten(0, (-1, T)).split([H, Hkv, Hkv], 2)  # (rows, T, heads, D)
-            attended.append(attend(i, slice(rows[0], rows[-1] + 1), q, k, v).flatten(0, 1))
+        for some, part in zip(calls, qkv.split(sizes), strict=True):
+            part = part.unflatten(0, (some.stop - some.start, -1))  # (B, T, H + 2 Hkv, D)
+            q, k, v = part.split([H, Hkv, Hkv], 2)
+            attended.append(attend(i, some, q, k, v).flatten(0, 1))
         x += linear(torch.cat(attended).flatten(1), w[name + "attention.wo"])
         y = F.rms_norm(x, x.shape[1:], w[name + "ffn_norm"], eps)
         gate, up = linear(y, w[name + "feed_forward.w13"]).chunk(2, dim=1)
         x += linear(F.silu(gate).mul_(up), w[name + "feed_forward.w2"])
         del pairs, gate, up  # Or the next layer would have them in memory beside its own.
-    return linear(F.rms_norm(x[ends - 1], x.shape[1:], w["norm"], eps), w["output"])
+    return linear(F.rms_norm(x[last], x.shape[1:], w["norm"], eps), w["output"])
 
 
 def choose(logits, temperature):
@@ -125,85 +96,76 @@ def choose(logits, temperature):
 
 # --- KV cache -------------------------------------------------------------------------------------
 
+parser = shared_arguments(__doc__)
+add = parser.add_argument
 add("--page-kb", metavar="KB", type=at_least(1), help="(a page of the system; CUDA: 2048)")
 add("--layout", choices=["layer", "token"], help="pages by layer or token (layer; CUDA: token)")
 
 
-def generate(model, cache, tokens, limits, stop, args, stats):
-    """Continue each list in `tokens`, in place, until a stop token or its limit ends it."""
-    k_cache, v_cache = cache.kv  # (L, B, max_seq_len, Hkv, D) each
-    seq_len = cache.seq_len
-    waiting, running = deque(range(len(tokens))), {}  # row: its request; the oldest comes first.
+def generate(model, cache, requests, chat, args, stats):
+    """Answer all requests."""
+    waiting, running = deque(requests), {}  # row: its request, the oldest first.
 
-    def attend(layer, rows, q, k, v):
+    def attend(layer, some, q, k, v):
+        # As in llama3-naive.py; cache_batch_idx says which rows they are, as some may be idle.
         return flash_attn_with_kvcache(
-            q, k_cache[layer, rows], v_cache[layer, rows], k, v,
-            cache_seqlens=seq_len[rows].to(q.device), causal=True,
+            q, *cache.layer(layer), k, v,
+            cache_seqlens=seq_len[some], cache_batch_idx=rows[some], causal=True,
         )  # fmt: skip
 
     while waiting or running:
-        prefill = 0  # Tokens of newly admitted requests; 512 are enough for a step.
         with stats.clock("manager"):
-            while not all(cache.grow(row, seq_len[row].item() + 1) for row in running):
+            while not cache.can_grow():  # Preempt the youngest: its row is computed again.
                 row, request = running.popitem()
                 cache.release(row)
                 waiting.appendleft(request)
                 stats.preemptions += 1
-            while waiting and prefill < 512 and cache.can_admit(len(tokens[waiting[0]])):
+            cache.grow()
+            while waiting and cache.can_admit(waiting[0].tokens):
                 request = waiting.popleft()
-                running[cache.admit(len(tokens[request]))] = request
-                prefill += len(tokens[request])
-            new = [[] for _ in seq_len]
-            for row, request in running.items():
-                new[row] = tokens[request][seq_len[row] :]
-        phase = "prefill" if prefill else "decode"
-        with stats.clock(phase):
-            logits = forward(model, new, seq_len, attend)
-        with stats.clock("manager"):
-            for row in running:  # While a GPU computes: pages for the token that it chooses.
-                cache.grow(row, seq_len[row].item() + len(new[row]) + 1)
-        with stats.clock(phase):
+                running[cache.admit(request.tokens)] = request
+            first = cache.positions().tolist()
+            new = next_tokens(running, first)
+            seq_len, rows = cache.tables(list(new))
+        with stats.clock("prefill" if max(map(len, new.values())) > 1 else "decode"):
+            logits = forward(model, list(new.values()), [first[row] for row in new], attend)
             chosen = choose(logits, args.temperature)
-        stats.mark(running.values())
         with stats.clock("manager"):
-            seq_len += torch.tensor([len(t) for t in new], dtype=torch.int32)
-            stats.sample(len(running), len(waiting), *cache.usage())
+            cache.advance(new)
+            stats.sample(len(running), len(waiting), *cache.usage())  # What ends now was there.
             if args.trace:
-                stats.trace(owners.pages(cache, running))
-            for row, token in zip(sorted(running), chosen, strict=True):
+                stats.trace(trace.pages(cache, running))
+            for (row, tokens), token in zip(new.items(), chosen, strict=True):
                 request = running[row]
-                tokens[request].append(token)
-                if len(tokens[request]) >= limits[request] or token in stop:
+                if first[row] + len(tokens) < len(request.tokens):
+                    continue  # The next step reads on.
+                request.add(token)
+                if request.ended(chat["stop"]):
                     cache.release(row)
                     del running[row]
 
 
 @torch.inference_mode()
 def main(argv=None):
-    args = arguments(argv)
+    args = parse(parser, argv)
     model, encoding, chat = load(args)
-    texts, prompts = read_prompts(args, encoding, chat)
+    requests = read_requests(args, encoding, chat)
     stats = Stats(args, model[0])
     on_cuda = args.device == "cuda"
     page_bytes = 1024 * args.page_kb if args.page_kb else 2 << 20 if on_cuda else mmap.PAGESIZE
     by_token = args.layout == "token" if args.layout else on_cuda
-    limits = [min(len(prompt) + args.max_new_tokens, args.max_seq_len) for prompt in prompts]
     rows = (args.n, args.max_seq_len, stats.shape, stats.dtype, args.device)
     with or_exit(f"{args.n} rows of {args.max_seq_len} slots in virtual memory cannot be had"):
         cache = VirtualCache(stats.budget, page_bytes, by_token, *rows)
-    if (need := cache.groups_for(max(limits) - 1)) > cache.n_groups:
+    longest = max(request.limit for request in requests)
+    if (need := cache.groups_for(longest - 1)) > cache.n_groups:  # The last token is never stored.
         size = f"{need * cache.group_bytes / 1e9:.4f} GB"
         sys.exit(f"A request may need {size} in pages, --kv-gb has {stats.budget / 1e9:.4f} GB.")
-    stop = {chat["special_tokens"][name] for name in chat["stop"]}
-    tokens = [list(prompt) for prompt in prompts]
     try:
-        generate(model, cache, tokens, limits, stop, args, stats)
+        generate(model, cache, requests, chat, args, stats)
     finally:  # Ctrl-C, too, leaves the answers and statistics so far.
-        stats.report(texts, prompts, tokens, encoding.decode, stop)
+        stats.report(requests, encoding.decode, chat["stop"])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or `| head` has seen enough.
-        os._exit(130)
+    run(main)

@@ -35,21 +35,27 @@ def runs_flash_attn(device, dtype):
 
 
 def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, block_table=None, causal=False
-):
+    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, cache_batch_idx=None, block_table=None,
+    causal=False,
+):  # fmt: skip
     """Attention of q (B, T, H, D) over cached keys and values, as flash-attn 2 defines it.
 
     k, v (B, T, Hkv, D) are stored first, behind the cache_seqlens (B,) tokens that each row has in
-    k_cache, v_cache (B, slots, Hkv, D), or (n_blocks, block_size, Hkv, D) with a block_table (B,
-    width); both are int32. causal: the last query sees all keys, the one before it all but the
-    last, and so on. Each row has at least one key, and at least T if causal. Returns (B, T, H, D).
+    k_cache, v_cache: (rows, slots, Hkv, D), of which row i is that of request i, or cache_batch_idx
+    (B,) says which; or (n_blocks, block_size, Hkv, D) with a block_table (B, width). All int32.
+    causal: the last query sees all keys, the one before it all but the last, and so on. Each row
+    has at least one key, and at least T if causal. Returns (B, T, H, D).
     """
     T, appends = q.shape[1], k is not None
     if runs_flash_attn(q.device, q.dtype):
         return flash_attn_kernel(
             q, k_cache, v_cache, k, v,
-            cache_seqlens=cache_seqlens, block_table=block_table, causal=causal,
+            cache_seqlens=cache_seqlens, cache_batch_idx=cache_batch_idx, block_table=block_table,
+            causal=causal,
         )  # fmt: skip
+    if block_table is None:  # A row is one block.
+        rows = torch.arange(len(q), dtype=torch.int32, device=q.device)
+        block_table = (rows if cache_batch_idx is None else cache_batch_idx)[:, None]
     if T == 1 and appends and can_decode(q):
         return decode(q, k_cache, v_cache, k, v, cache_seqlens, block_table)
     if T > 1 and appends and causal:
@@ -59,17 +65,15 @@ def flash_attn_with_kvcache(
 
 def slots_of(row, n, cache, block_table):
     """Where the first n tokens of a row are: block and slot (n,) of each."""
-    t = torch.arange(n, device=cache.device)
-    if block_table is None:  # A row is one block.
-        return torch.full_like(t, row), t
-    block_size = cache.shape[1]
+    t, block_size = torch.arange(n, device=cache.device), cache.shape[1]
     return block_table[row, t // block_size], t % block_size
 
 
 def by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal):
     """Store the new keys and values, then take one softmax for each row, query and head.
 
-    Arguments and result are those of flash_attn_with_kvcache(). In float32 or better.
+    Arguments and result are those of flash_attn_with_kvcache(), a contiguous row a block. In
+    float32 or better.
     """
     (B, T, H, D), Hkv = q.shape, k_cache.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)

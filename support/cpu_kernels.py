@@ -195,8 +195,6 @@ def decode(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
     """flash_attn_with_kvcache() for one new token a row: q (B, 1, H, D), k and v (B, 1, Hkv, D)."""
     (B, _, H, D), (_, block_size, Hkv, _) = q.shape, k_cache.shape
     assert q.dtype == k.dtype == k_cache.dtype and k_cache.stride() == v_cache.stride()
-    if block_table is None:  # A row is one block.
-        block_table = torch.arange(B, dtype=torch.int32)[:, None]
     lengths, table = cache_seqlens.numpy(), block_table.numpy()
     assert lengths.max() < table.shape[1] * block_size, "no slot for the new token"
     tensors = (q[:, 0], k[:, 0], v[:, 0], flat(k_cache), flat(v_cache))

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import linear, pack
 from support import attention, cpu_kernels
 from support.attention import flash_attn_with_kvcache
+from support.checkpoint import linear, pack
 
 REPO = Path(__file__).resolve().parent.parent
 
 
 def define(q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, block_table=None, causal=False):
     """The definition, called as flash_attn_with_kvcache() is."""
+    if block_table is None:
+        block_table = torch.arange(len(q)).int()[:, None]
     return attention.by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
 
 
@@ -99,7 +101,7 @@ def errors_of_decode(dtype, D, G, block_size, lengths):
     exact, defined, got = cache.double(), cache.clone(), cache.clone()
     reference = define(q.double(), *exact, k.double(), v.double(), **places)
     by_definition = define(q, *defined, k, v, **places)
-    by_kernel = cpu_kernels.decode(q, *got, k, v, *places.values())
+    by_kernel = flash_attn_with_kvcache(q, *got, k, v, **places)
     assert torch.equal(got.nan_to_num(), defined.nan_to_num())  # Both store the same.
     assert by_kernel.dtype == dtype and by_kernel.shape == q.shape
     return [(x.double() - reference).abs().max().item() for x in (by_kernel, by_definition)]
@@ -150,6 +152,21 @@ def test_new_tokens_are_stored_where_the_table_says_now():
         expected[0, after, :, 2] = new[2, row, 0]
     expected[1] = -expected[0]
     assert torch.equal(pool, expected)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_some_rows_of_a_contiguous_cache(T):
+    """cache_batch_idx: rows 3 and 1 of four. The others stay as they are."""
+    torch.manual_seed(0)
+    cache, rows = torch.randn(2, 4, 9, 2, 8), torch.tensor([3, 1], dtype=torch.int32)
+    q, k, v = (torch.randn(2, T, heads, 8) for heads in (4, 2, 2))
+    places = {"cache_seqlens": torch.tensor([5, 0], dtype=torch.int32), "causal": True}
+    chosen, got = cache[:, [3, 1]].clone(), cache.clone()
+    expected = define(q, *chosen, k, v, **places)
+    out = flash_attn_with_kvcache(q, *got, k, v, cache_batch_idx=rows, **places)
+    torch.testing.assert_close(out, expected)
+    cache[:, [3, 1]] = chosen
+    assert torch.equal(got, cache)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -224,7 +241,8 @@ for name in sys.argv[1:]:
     dtype = getattr(torch, name)
     cache, new = torch.zeros(2, 1, 4, 1, 16).to(dtype), torch.ones(1, 1, 1, 16).to(dtype)
     lengths = torch.zeros(1, dtype=torch.int32)
-    assert torch.equal(cpu_kernels.decode(new, *cache, new, 3 * new, lengths, None), 3 * new)
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    assert torch.equal(cpu_kernels.decode(new, *cache, new, 3 * new, lengths, table), 3 * new)
     stats = cpu_kernels.compiled(dtype, 16, 1).stats
     print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))
 """

@@ -13,15 +13,13 @@ import torch
 
 from kvcache import blocks_for
 
-# --- Rows that grow -------------------------------------------------------------------------------
-
 
 class VirtualCache:
     """Rows of max_seq_len slots, of which the first have memory: n_mapped[row] groups of pages.
 
     A request needs the first n_needed[row] groups of its row. What is mapped besides stays, for the
     row to grow into or for its next request, until another row needs the memory: deferred
-    reclamation. (vAttention, Prabhu et al. 2024.)
+    reclamation. (vAttention, Prabhu et al. 2024. For the calls see kvcache.py.)
 
     by_token: all keys and values of a token lie side by side, and a group is one page. If not, each
     layer's keys and values are a piece by themselves, and a group is a page of each of these 2 L.
@@ -49,7 +47,6 @@ class VirtualCache:
             else pieces.unflatten(1, (L, 2)).permute(2, 1, 0, 3, 4, 5)
         )
         self.n_mapped, self.n_needed = [0] * max_rows, [0] * max_rows
-        self.cells = {}  # For --trace: see owners.pages.
         self.idle = list(range(max_rows))  # Rows without a request, first those idle for longest.
         self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored.
 
@@ -57,32 +54,30 @@ class VirtualCache:
         """How many groups of pages hold n_tokens."""
         return blocks_for(n_tokens * self.token_bytes, self.group_bytes)
 
-    def can_admit(self, n_tokens):
-        """Whether there is memory for n_tokens, and for 16 more of each request."""
-        rows = zip(self.seq_len.tolist(), self.n_needed, strict=True)
-        grown = [max(need, self.groups_for(n + 16)) for n, need in rows if need]
-        return self.groups_for(n_tokens) + sum(grown) <= self.n_groups
+    def n_free(self):
+        """How many groups no request needs."""
+        return self.n_groups - sum(self.n_needed)
 
-    def admit(self, n_tokens):
-        """Returns the row that fits best: with few pages too many, or else with the most."""
-        spare = {row: self.n_mapped[row] - self.groups_for(n_tokens) for row in self.idle}
-        row = min(self.idle, key=lambda row: (spare[row] < 0, abs(spare[row])))
-        self.idle.remove(row)
-        self.seq_len[row] = 0
-        self.grow(row, n_tokens)
-        return row
+    def growth(self):
+        """{row: groups that it needs with one more token} of the rows for which that is more."""
+        ends = {row: self.groups_for(n + 1) for row, n in enumerate(self.seq_len.tolist())}
+        return {row: end for row, end in ends.items() if end > self.n_needed[row] > 0}
 
-    def grow(self, row, n_tokens):
-        """See to it that n_tokens of the row have memory; False, and no change, if none is left."""
-        need = max(self.groups_for(n_tokens), self.n_needed[row])
-        if need - self.n_needed[row] > self.n_groups - sum(self.n_needed):
-            return False
-        self.n_needed[row] = need
-        if (more := need - self.n_mapped[row]) > 0:
+    def can_grow(self):
+        more = [end - self.n_needed[row] for row, end in self.growth().items()]
+        return sum(more) <= self.n_free()
+
+    def grow(self):
+        for row, end in self.growth().items():
+            self.need(row, end)
+
+    def need(self, row, n):
+        """A row needs its first n groups from now on; they get memory."""
+        self.n_needed[row] = n
+        if (more := n - self.n_mapped[row]) > 0:
             self.reclaim(sum(self.n_mapped) + more - self.n_groups)
-            self.pages.map(self.places(row, self.n_mapped[row], need))
-            self.n_mapped[row] = need
-        return True
+            self.pages.map(self.places(row, self.n_mapped[row], n))
+            self.n_mapped[row] = n
 
     def reclaim(self, n):
         """Unmap n groups that no request needs, of idle rows before others."""
@@ -98,18 +93,43 @@ class VirtualCache:
         pieces = range(row * self.pieces, (row + 1) * self.pieces)
         return [piece * self.row_groups + i for piece in pieces for i in range(first, end)]
 
-    def release(self, row):
-        """The row's request has ended or is preempted."""
-        self.n_needed[row] = 0
-        self.idle.append(row)
+    def can_admit(self, tokens):
+        """Whether there is memory for the tokens, and for each request to grow by a group."""
+        n_rows = len(self.seq_len) - len(self.idle)
+        return self.groups_for(len(tokens)) + n_rows <= self.n_free()
+
+    def admit(self, tokens):
+        """Takes the idle row with the most memory."""
+        row = max(self.idle, key=lambda row: self.n_mapped[row])
+        self.idle.remove(row)
+        self.need(row, self.groups_for(len(tokens)))
+        return row
+
+    def positions(self):
+        return self.seq_len
+
+    def tables(self, rows):
+        """seq_len (B,) and the numbers (B,) of a list of rows: there is no table."""
+        numbers = torch.tensor(rows, dtype=torch.int32)
+        return self.seq_len[rows].to(self.kv.device), numbers.to(self.kv.device)
+
+    def layer(self, i):
+        """k_cache and v_cache of a layer, (max_rows, max_seq_len, Hkv, D) each."""
+        return self.kv[0, i], self.kv[1, i]
+
+    def advance(self, new):
+        n_new = torch.tensor([len(tokens) for tokens in new.values()], dtype=torch.int32)
+        self.seq_len[list(new)] += n_new
 
     def usage(self):
-        """Slots that the pages of all requests would have room for, and slots that hold a token."""
-        used = sum(n for n, need in zip(self.seq_len.tolist(), self.n_needed, strict=True) if need)
-        return sum(self.n_needed) * self.group_bytes / self.token_bytes, used
+        """Slots that the groups of all requests have room for, and slots that hold a token."""
+        reserved = sum(self.n_needed) * self.group_bytes / self.token_bytes
+        return reserved, int(self.seq_len.sum())
 
-
-# --- Pages ----------------------------------------------------------------------------------------
+    def release(self, row):
+        """Its groups stay mapped until others need the memory."""
+        self.seq_len[row] = self.n_needed[row] = 0
+        self.idle.append(row)
 
 
 class HostPages:
@@ -123,10 +143,8 @@ class HostPages:
             raise ValueError("this needs madvise, as Linux and macOS have it")
         if page_bytes % mmap.PAGESIZE:
             raise ValueError(f"pages are multiples of {mmap.PAGESIZE // 1024} KiB here")
-        flags, self.let_go = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.MADV_FREE
-        if sys.platform == "linux":
-            flags |= 0x4000  # MAP_NORESERVE: what is reserved may be more than all memory.
-            self.let_go = mmap.MADV_DONTNEED
+        # MAP_NORESERVE: what is reserved may be more than all memory.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (0x4000 if sys.platform == "linux" else 0)
         self.page_bytes = page_bytes
         self.memory = mmap.mmap(-1, n_pages * page_bytes, flags=flags)
         with suppress(AttributeError, OSError):  # Where Linux would put 2 MiB behind one page.
@@ -140,7 +158,7 @@ class HostPages:
     def unmap(self, places):
         """Give the memory behind these pages back; what they held is lost."""
         for page in places:
-            self.memory.madvise(self.let_go, page * self.page_bytes, self.page_bytes)
+            self.memory.madvise(mmap.MADV_DONTNEED, page * self.page_bytes, self.page_bytes)
 
 
 class CudaPages:

@@ -12,10 +12,8 @@ uses the cell, but what it holds stays until its room is needed; request: who wa
 import json
 from pathlib import Path
 
-from kvcache import TieredCache
-from window import RetrievalCache, WindowCache
-
-SHARED, KEPT = -1, -1
+SHARED = -1  # In place of a request.
+KEPT = -1  # In place of a number of tokens.
 
 
 class Trace:
@@ -51,59 +49,51 @@ def rows(n_cells, n_slots, seq_len, live):
     return {"HBM": (n_cells, n_slots, cells)}
 
 
-def blocks(cache, requests):
-    """A PagedCache. requests: for each row, the number of its request."""
+def blocks(cache, running):
+    """A PagedCache. running: {row: request}. The number of a request is its conversation's."""
     size, cells = cache.block_size, {}
-    for row, request in enumerate(requests):
+    for row, request in running.items():
         n, ids = int(cache.seq_len[row]), cache.block_table[row, : cache.n_owned[row]].tolist()
         for i, block in enumerate(ids):
-            owner = request if cache.pool.ref_count[block] == 1 else SHARED
-            cells[block] = owner, min(size, max(0, n - i * size))
+            tokens = min(size, max(0, n - i * size))
+            known = cells.get(block, (None, 0))[0]
+            cells[block] = (request.place[0] if known is None else SHARED), tokens
     return {"HBM": (len(cache.pool.ref_count), size, cells)}
 
 
-def pages(cache, requests):
-    """A VirtualCache. requests: {row: number} of those that run.
-
-    Where the memory behind a page lies only the system knows: here, in the first cell that was free
-    when it was mapped.
-    """
-    mapped = [(row, i) for row, n in enumerate(cache.n_mapped) for i in range(n)]
-    cache.cells = {group: cache.cells.get(group) for group in mapped}
-    free = iter(sorted(set(range(cache.n_groups)) - set(cache.cells.values())))
+def pages(cache, running):
+    """A VirtualCache. Where the memory behind a page lies only the system knows: here a group has
+    the cell of its place among all groups of all rows that have memory."""
     size, cells = cache.group_bytes / cache.token_bytes, {}
-    for (row, i), cell in cache.cells.items():
-        cache.cells[row, i] = cell = next(free) if cell is None else cell
+    mapped = [(row, i) for row, n in enumerate(cache.n_mapped) for i in range(n)]
+    for cell, (row, i) in enumerate(mapped):
         tokens = min(size, max(0, int(cache.seq_len[row]) - i * size))
         needed = i < cache.n_needed[row]
-        cells[cell] = (requests[row], round(tokens, 2)) if needed else (None, KEPT)
+        cells[cell] = (running[row].place[0], round(tokens, 2)) if needed else (None, KEPT)
     return {"HBM": (cache.n_groups, size, cells)}
 
 
 def tiers(cache, running, waiting):
-    """The caches of llama3-tiered.py. A Turn has the number of its conversation."""
-    found = blocks(cache, [turn.place[0] for turn in running])
+    """The caches of llama3-tiered.py."""
+    found = blocks(cache, running)
     (_, size, hbm), dram = found["HBM"], {}
-    if isinstance(cache, WindowCache):
-        # Set aside, but no particular blocks yet: those that would be taken last stand for them.
-        spare = iter(cache.pool.free_ids)
-        for row, turn in enumerate(running):
-            back = cache.away[row].slots if isinstance(cache, RetrievalCache) else []
-            hbm.update(dict.fromkeys(back, (turn.place[0], size)))
-            for _ in range(cache.row_blocks - int(cache.n_owned[row]) - len(back)):
-                hbm[next(spare)] = turn.place[0], 0
-    if isinstance(cache, RetrievalCache):
-        for away, turn in zip(cache.away, running, strict=True):
-            dram.update(dict.fromkeys(away.dram, (turn.place[0], size)))
-    if isinstance(cache, TieredCache):
-        hbm.update(dict.fromkeys(cache.pool.idle, (None, KEPT)))
-        dram = dict.fromkeys(cache.dram_pool.named, (None, KEPT))
-        for turn in waiting:
-            for block in cache.store.lookup(turn.tokens):
-                for place, cells in ((block.hbm, hbm), (block.dram, dram)):
-                    owner, tokens = cells.get(place, (None, 0))
-                    if tokens == KEPT:
-                        cells[place] = turn.place[0] if owner is None else SHARED, KEPT
-    if hasattr(cache, "dram_pool"):
-        found["DRAM"] = (len(cache.dram_pool.ref_count), size, dram)
+    if hasattr(cache, "away"):  # A RetrievalCache: what is in DRAM, back from there, or a bound.
+        for row, away in cache.away.items():
+            request = running[row].place[0]
+            n_back = min(len(away.in_dram), len(away.slots))
+            dram.update(dict.fromkeys(away.in_dram, (request, size)))
+            hbm.update(dict.fromkeys(away.slots[n_back:] + away.bounds, (request, 0)))
+            hbm.update(dict.fromkeys(away.slots[:n_back], (request, size)))
+        found["DRAM"] = (len(cache.dram), size, dram)
+    if hasattr(cache, "store"):  # A TieredCache: what is kept, and who waits for it.
+        hbm.update(dict.fromkeys(cache.idle.values(), (None, KEPT)))
+        dram.update(dict.fromkeys(cache.store.ids.values(), (None, KEPT)))
+        for request in waiting:
+            for key in cache.lookup(request.tokens):
+                cells = hbm if key in cache.in_hbm else dram
+                place = cache.in_hbm.get(key, cache.store.ids.get(key))
+                owner, tokens = cells[place]
+                if tokens == KEPT:
+                    cells[place] = request.place[0] if owner is None else SHARED, KEPT
+        found["DRAM"] = (len(cache.store.blocks), size, dram)
     return found

@@ -1,0 +1,174 @@
+"""What a run makes of its cache: memory reserved, used and wasted, batch sizes, time."""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from support.checkpoint import or_exit
+from support.trace import Trace
+
+REPORT = """
+Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
+Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode: {tokens_per_s:.0f} tokens/s
+Manager            {manager_s:.3f} s in {steps} steps, {share:.2%} of it; {preemptions} preemptions
+First token        after {first:.2f} s, 99% within {slow:.2f} s; then {each:.0f} ms a token
+Max batch          {peak} at once, {fits} would fit on average, naive fits {naive_fits}
+Reserved           {gb[peak_reserved_bytes]:.3f} GB of {gb[budget_bytes]:.3f} GB at the peak
+Used               {gb[peak_used_bytes]:.3f} GB
+Fragmented         {fragmented_of_reserved:.2%} of reserved; mean {mean_fragmented_of_reserved:.2%}
+Fragmented Memory: {gb[fragmented_bytes]:.2f} GB ({fragmented_of_budget:.2%})"""
+
+TIERS = """
+Blocks found       {shared:,.0f} in HBM ({hits:.1%}), {fetched:,.0f} in DRAM
+Blocks moved       {up:.2f} GB fetched; {spilled:,} spilled ({down:.2f} GB)
+Blocks dropped     {dropped:,} for good
+Later turns        {later}"""
+
+
+class Stats:
+    """The budget of the KV cache and what a run makes of it, in bytes (1e9 to a GB) and seconds.
+
+    reserved: no other request can have it. used: it holds a token of a request that still runs.
+    fragmented: reserved - used. Sampled once a step, after the model and before anything is
+    released: then a request's last token has been computed and its memory is still its own.
+    """
+
+    def __init__(self, args, params):
+        head_dim, self.dtype = params["dim"] // params["n_heads"], getattr(torch, args.dtype)
+        self.args, self.shape = args, (params["n_layers"], params["n_kv_heads"], head_dim)
+        self.bytes_per_token = size = 2 * math.prod(self.shape) * self.dtype.itemsize
+        free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 0
+        self.budget = int(1e9 * args.kv_gb if args.kv_gb is not None else 0.9 * free or 1.4e9)
+        self.naive_fits = self.budget // (args.max_seq_len * size)
+        self.samples = []  # (requests running, bytes reserved, bytes used) of each step
+        self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0}
+        self.preemptions, self.start = 0, None  # When the first step began.
+        fits = f"{self.budget // size:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
+        print(f"KV cache: {self.budget / 1e9:.2f} GB, {size:,} bytes a token: {fits}.", flush=True)
+
+    @contextmanager
+    def clock(self, name):
+        """Add the time that the `with` block takes to seconds[name]."""
+        start = time.perf_counter()
+        self.start = self.start or start
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def sample(self, running, waiting, reserved, used):
+        """Note how many requests run and wait in this step, slots reserved and used; show it."""
+        size = self.bytes_per_token
+        self.samples.append((running, round(reserved * size), used * size))
+        if sys.stderr.isatty():
+            done = self.args.n - running - waiting
+            line = f"step {len(self.samples)}: {done} done, {running} running, {waiting} waiting"
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    def trace(self, tiers):
+        """Write what sample() noted last, and the tiers (see trace.py), to --trace FILE."""
+        running, reserved, used = self.samples[-1]
+        step = {"seconds": round(time.perf_counter() - self.start, 4), "running": running}
+        step |= {"reserved_bytes": reserved, "used_bytes": used}
+        with or_exit(f"--trace {self.args.trace} cannot be written"):
+            if len(self.samples) == 1:
+                run = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+                run |= {"budget_bytes": self.budget, "bytes_per_token": self.bytes_per_token}
+                self.trace_file = Trace(self.args.trace, run, tiers)
+            self.trace_file.add(step, tiers)
+
+    def memory(self):
+        """Bytes at the step where most is reserved, and of these the one where most is used."""
+        _, reserved, used = max(self.samples or [(0, 0, 0)], key=lambda sample: sample[1:])
+        waste = [1 - u / r for _, r, u in self.samples if r] or [0]
+        return {
+            "bytes_per_token": self.bytes_per_token, "budget_bytes": self.budget,
+            "peak_reserved_bytes": reserved, "peak_used_bytes": used,
+            "fragmented_bytes": reserved - used,
+            "fragmented_of_reserved": (reserved - used) / (reserved or 1),
+            "fragmented_of_budget": (reserved - used) / self.budget,
+            "mean_fragmented_of_reserved": sum(waste) / len(waste),
+        }  # fmt: skip
+
+    def batches(self):
+        """Requests at once: the most that there were; how many would fit at what one reserved on
+        average; how many rows of max_seq_len."""
+        running, reserved = (sum(sample[i] for sample in self.samples) for i in (0, 1))
+        peak = max([sample[0] for sample in self.samples], default=0)
+        fits = self.budget * running // (reserved or 1)
+        return {"peak": peak, "fits": fits, "naive_fits": self.naive_fits}
+
+    def times(self, requests):
+        """Seconds, and each request's time to its first token and per token behind that."""
+        per_token = []
+        for request in requests:
+            n = len(request.tokens) - len(request.prompt) - 1
+            per_token.append((request.last_token - request.first_token) / n if n > 0 else None)
+        generated = sum(len(request.tokens) - len(request.prompt) for request in requests)
+        return {
+            **{f"{name}_s": value for name, value in self.seconds.items()},
+            "tokens_per_s": generated / (sum(self.seconds.values()) or 1),
+            "steps": len(self.samples),
+            "first_token_s": [request.first_token for request in requests],
+            "per_token_s": per_token,
+        }
+
+    def report(self, requests, decode, stop, cache=None):
+        """Print the answers, then the statistics; both go into --json FILE as well.
+
+        decode: tokens to text, without those in stop. cache: one of several tiers, with counts.
+        """
+        args, responses = self.args, []
+        for request in requests:
+            answer = request.tokens[len(request.prompt) :]
+            text = decode([token for token in answer if token not in stop]).strip()
+            responses.append({"prompt_tokens": len(request.prompt), "tokens": answer, "text": text})
+        git = f'git -C "{Path(__file__).parent}" rev-parse --short HEAD 2>/dev/null'
+        result = {
+            "script": Path(sys.argv[0]).name, "model": args.model.resolve().name,
+            "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device,
+            "dtype": args.dtype, "torch": torch.__version__, "commit": subprocess.getoutput(git),
+            "args": vars(args), "requests": len(requests),
+            "prompt_tokens": sum(response["prompt_tokens"] for response in responses),
+            "generated_tokens": sum(len(response["tokens"]) for response in responses),
+            "preemptions": self.preemptions, "kv": self.memory(), "max_batch": self.batches(),
+            "time": self.times(requests),
+        }  # fmt: skip
+        if cache:
+            later = [request.first_token for request in requests if request.place[1] > 0]
+            size = cache.block_size * self.bytes_per_token
+            result["tiers"] = {"shared": 0, "fetched": 0, "spilled": 0, **cache.counts}
+            result["tiers"] |= {"block_bytes": size, "later_first_token_s": later}
+        self.show(result, requests, responses)
+        if args.json:
+            with or_exit(f"--json {args.json} cannot be written"):
+                whole = {**result, "responses": responses}
+                Path(args.json).write_text(json.dumps(whole, indent=1, default=str))
+
+    def show(self, result, requests, responses):
+        """Print the answers and the statistics."""
+        sys.stdout.reconfigure(errors="replace")  # Whatever the terminal can show.
+        print(end="\r\033[K" if sys.stderr.isatty() else "", file=sys.stderr)
+        for i, (request, response) in enumerate(zip(requests, responses, strict=True), 1):
+            lines = [textwrap.fill(line, 100) for line in response["text"].splitlines()]
+            print(f"\n[{i}] {' '.join(request.text.split())[:95]}\n", *lines, sep="\n")
+        if tiers := result.get("tiers"):
+            down, up = (tiers[way] * tiers["block_bytes"] / 1e9 for way in ("spilled", "fetched"))
+            waits = [wait for wait in tiers["later_first_token_s"] if wait]
+            later = f"{median(waits):.2f} s to their first token (median)" if waits else "none"
+            hits = tiers["shared"] / (tiers["shared"] + tiers["fetched"] or 1)
+            print(TIERS.format(**tiers, down=down, up=up, later=later, hits=hits), end="")
+        flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}
+        gb = {key: value / 1e9 for key, value in result["kv"].items()}
+        firsts = sorted(first for first in flat["first_token_s"] if first) or [0]
+        each = 1000 * median([each for each in flat["per_token_s"] if each] or [0])
+        slow = firsts[math.ceil(0.99 * len(firsts)) - 1]
+        share = flat["manager_s"] / (sum(self.seconds.values()) or 1)
+        more = {"share": share, "first": median(firsts), "slow": slow, "each": each}
+        print(REPORT.format(**flat, **more, gb=gb), flush=True)
