@@ -108,9 +108,8 @@ def compiled(dtype, D, G):
         for item in prange(Hkv * B):
             h, row = item // B, item % B
             n = seq_len[row] + 1
-            # Where each token lies. Behind the last one, `at` repeats it, with weights of 0: what
-            # looks ahead, or takes four at a time, never touches slots that hold nothing yet.
-            at = np.empty(n + AHEAD + 3, np.int64)
+            # Where each token lies, and the last one once more for what looks ahead.
+            at = np.empty(n + AHEAD, np.int64)
             for i in range(-(-n // size)):
                 first = block_table[row, i] * block_stride + h * head_stride
                 for t in range(i * size, min(n, i * size + size)):
@@ -125,7 +124,7 @@ def compiled(dtype, D, G):
                 for d in range(D):
                     query[g, d] = as_float(q[row, h * G + g, d]) * scale
 
-            weights = np.zeros((G, n + 3), np.float32)  # First the scores.
+            weights = np.empty((G, n), np.float32)  # First the scores.
             for t in range(n):
                 for d in range(0, D, 32):  # 64 bytes, in 16 bits each.
                     prefetch(k_cache, at[t + AHEAD] + d)
@@ -146,23 +145,13 @@ def compiled(dtype, D, G):
                     weights[g, t] /= total
 
             attended = out[row, h * G : (h + 1) * G]  # Zeros so far.
-            for t in range(0, n, 4):  # Four at a time: `attended` is read and written less often.
-                for i in range(4):
-                    for d in range(0, D, 32):
-                        prefetch(v_cache, at[t + i + AHEAD] + d)
-                v0 = v_cache[at[t] : at[t] + D]
-                v1 = v_cache[at[t + 1] : at[t + 1] + D]
-                v2 = v_cache[at[t + 2] : at[t + 2] + D]
-                v3 = v_cache[at[t + 3] : at[t + 3] + D]
+            for t in range(n):
+                for d in range(0, D, 32):
+                    prefetch(v_cache, at[t + AHEAD] + d)
+                value = v_cache[at[t] : at[t] + D]
                 for g in range(G):
-                    w = weights[g, t : t + 4]
                     for d in range(D):
-                        attended[g, d] += (
-                            w[0] * as_float(v0[d])
-                            + w[1] * as_float(v1[d])
-                            + w[2] * as_float(v2[d])
-                            + w[3] * as_float(v3[d])
-                        )
+                        attended[g, d] += weights[g, t] * as_float(value[d])
 
     number = str(AS[dtype]).removeprefix("torch.")
     signature = (
