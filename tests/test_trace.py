@@ -1,9 +1,12 @@
-"""Traces, and the replay of them."""
+"""Traces: who has which memory, step by step."""
 
-from test_kvcache import *
+import json
+from itertools import pairwise
 
+import pytest
 
-# --- Traces ---------------------------------------------------------------------------------------
+from support import trace
+from test_kvcache import BYTES_PER_TOKEN, NAIVE, PAGED, SCRIPTS, TIERED, VIRTUAL, run, text_of
 
 
 def replayed(file):
@@ -36,8 +39,8 @@ def test_a_trace_agrees_with_the_statistics(tmp_path, tiny, name):
     """In each step, what the cells add up to is what was sampled, however tight memory is."""
     said = [[text_of(n, seed=n), text_of(5, seed=n)] for n in (30, 3, 9, 41, 18)]
     script, options = TRACED[name]
-    trace = ["--trace", tmp_path / "trace", "--max-new-tokens", 20]
-    result = run(script, tiny, tmp_path, said, *trace, *options)
+    options = ["--trace", tmp_path / "trace", "--max-new-tokens", 20, *options]
+    result = run(script, tiny, tmp_path, said, *options)
     assert bool(result["preemptions"]) == (name in ("virtual", "paged", "tiered"))
     head, steps = replayed(tmp_path / "trace")
     assert head["bytes_per_token"] == BYTES_PER_TOKEN and len(steps) == result["time"]["steps"]
@@ -51,11 +54,11 @@ def test_a_trace_agrees_with_the_statistics(tmp_path, tiny, name):
             assert all(0 <= cell < n_cells for cell in step["tiers"][tier])
             assert all(-1 <= tokens <= size for _, tokens in step["tiers"][tier].values())
         size, cells = head["tiers"]["HBM"][1], step["tiers"]["HBM"].values()
-        in_use = [(request, tokens) for request, tokens in cells if tokens != owners.KEPT]
+        in_use = [(request, tokens) for request, tokens in cells if tokens != trace.KEPT]
         reserved, used = (len(in_use) * size, sum(tokens for _, tokens in in_use))
         assert reserved * BYTES_PER_TOKEN == pytest.approx(step["reserved_bytes"])
         assert used * BYTES_PER_TOKEN == pytest.approx(step["used_bytes"], abs=9 * len(in_use))
-        assert len({request for request, _ in in_use} - {owners.SHARED}) == step["running"]
+        assert len({request for request, _ in in_use} - {trace.SHARED}) == step["running"]
 
 
 def test_a_trace_by_hand(tmp_path, tiny):
@@ -72,26 +75,27 @@ def test_a_trace_by_hand(tmp_path, tiny):
 
 
 def test_a_trace_of_pages_by_hand(tmp_path, tiny):
-    """Pages of 8 tokens, mapped a step ahead. A page stays in its cell when others are mapped."""
+    """Pages of 8 tokens; the second of request 0 comes before that of request 1."""
     options = ["--trace", tmp_path / "trace", "--max-new-tokens", 3, "--page-kb", 4]
     run(VIRTUAL, tiny, tmp_path, ["abcde", "fg"], "--layout", "token", *options)
     lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
     assert [sorted(line["tiers"]["HBM"]) for line in lines[1:]] == [
         [[0, 0, 7], [1, 1, 4]],
-        [[0, 0, 8], [1, 1, 5], [2, 0, 0]],
-        [[1, 1, 6], [2, 0, 1]],
+        [[0, 0, 8], [1, 1, 5]],
+        [[1, 0, 1], [2, 1, 6]],
     ]
 
 
 def test_a_trace_of_shared_and_kept_blocks(tmp_path, tiny):
     """Two requests of 10 equal tokens in blocks of 4; the second conversation has another turn."""
     said, options = ["abcdefgh", ["abcdefgh", "i"]], ["--turns", 2, "--block-size", 4]
-    trace = ["--trace", tmp_path / "trace", "--max-new-tokens", 2]
-    run(TIERED, tiny, tmp_path, said, *trace, *options)
+    options += ["--trace", tmp_path / "trace", "--max-new-tokens", 2]
+    run(TIERED, tiny, tmp_path, said, *options)
     _, steps = replayed(tmp_path / "trace")
-    first, second, later = (step["tiers"]["HBM"] for step in steps[:3])
-    assert first == {0: (owners.SHARED, 4), 1: (owners.SHARED, 4), 2: (0, 2), 3: (1, 2)}
-    assert second == {**first, 2: (0, 3), 3: (1, 3)}
+    first, second, third, later = (step["tiers"]["HBM"] for step in steps[:4])
+    assert first == {0: (0, 4), 1: (0, 4), 2: (0, 2)}  # The second request waits for these two.
+    assert second == {0: (trace.SHARED, 4), 1: (trace.SHARED, 4), 2: (0, 2), 3: (1, 2)}
+    assert third == {**second, 2: (0, 3), 3: (1, 3)}
     assert later[0] == later[1] == (1, 4)
 
 
@@ -103,58 +107,21 @@ def test_a_trace_shows_who_waits_for_what_is_in_dram(tmp_path, tiny):
     assert result["preemptions"] and result["tiers"]["fetched"]
     _, steps = replayed(tmp_path / "trace")
     running = [
-        {request for request, tokens in step["tiers"]["HBM"].values() if tokens != owners.KEPT}
+        {request for request, tokens in step["tiers"]["HBM"].values() if tokens != trace.KEPT}
         for step in steps
     ]
     waiting = [
-        {request for request, _ in step["tiers"]["DRAM"].values()} - active - {owners.SHARED, None}
+        {request for request, _ in step["tiers"]["DRAM"].values()} - active - {trace.SHARED, None}
         for step, active in zip(steps, running, strict=True)
     ]
     assert any(waiting)
-    assert any((None, owners.KEPT) in step["tiers"]["HBM"].values() for step in steps)
+    assert any((None, trace.KEPT) in step["tiers"]["HBM"].values() for step in steps)
     for requests, later in zip(waiting, range(1, len(steps)), strict=False):
         assert all(any(r in active for active in running[later:]) for r in requests)
 
 
-def test_a_replay_shows_what_was_traced(tmp_path, tiny, monkeypatch, capsys):
-    """In the terminal, each spot has the color of its slot; the page has the trace in it."""
-    replay = load_by_path(HERE / "bench" / "replay.py")
-    file, texts = tmp_path / "trace", ["abcdefghijklmnopqrstuvwxyz", "</script>"]
-    budget = ["--kv-gb", 64 * 512 / 1e9, "--max-seq-len", 32, "--max-new-tokens", 5]
-    run(NAIVE, tiny, tmp_path, texts, "--trace", file, *budget)
-    trace = replay.Replay(file)
-    trace.seek(trace.times[-1] + 1)
-    trace.seek(trace.times[1] + 1e-6)  # Back to the second step: 29 and 12 tokens.
-    full, empty = ([replay.color(0, i, tokens) for i in range(2)] for tokens in (1, 0))
-    assert len({*full, *empty}) == 4
-    spots = [full[0]] * 29 + [empty[0]] * 3 + [full[1]] * 12 + [empty[1]] * 20
-    assert list(trace.spots("HBM", 64)) == spots
-    assert trace.readout()[1:] == [
-        "step 2 of 5, 2 running", "reserved 0.000 of 0.000 GB", "used 0.000 GB, 35.9% fragmented"
-    ]  # fmt: skip
-    monkeypatch.setenv("COLUMNS", "66")
-    monkeypatch.setenv("LINES", "13")
-    monkeypatch.setattr(sys, "argv", ["replay.py", str(file), str(file), "--at", "0"])
-    capsys.readouterr()
-    replay.main()
-    lines = [re.sub("\033.*?m", "", line) for line in capsys.readouterr().out.splitlines()]
-    assert len(lines) == 12 and {len(line) for line in lines[:-1]} == {66}
-    monkeypatch.setattr(sys, "argv", ["replay.py", str(file), "--html", str(tmp_path / "page")])
-    replay.main()
-    (traces,) = re.findall(r"^const traces = (.*?);  //", (tmp_path / "page").read_text(), re.M)
-    assert json.loads(traces) == [[json.loads(line) for line in file.read_text().splitlines()]]
-    whole = file.read_text()
-    file.write_text(whole[:-9])  # Of a run that was killed.
-    assert len(replay.Replay(file).steps) == 4
-    for words in ("", "nothing", "[1, 2]", whole.splitlines()[0] + "\n", whole + "{}\n"):
-        file.write_text(words)
-        monkeypatch.setattr(sys, "argv", ["replay.py", str(file), "--at", "0"])
-        with pytest.raises(SystemExit, match="is not a trace"):
-            replay.main()
-
-
 def test_untraced_runs_look_at_nothing(tmp_path, tiny, monkeypatch):
     for name in ("rows", "blocks", "pages", "tiers"):
-        monkeypatch.setattr(owners, name, None)
-    for script in (NAIVE, VIRTUAL, PAGED, TIERED):
+        monkeypatch.setattr(trace, name, None)
+    for script in SCRIPTS:
         run(script, tiny, tmp_path, ["a"], "--max-new-tokens", 2)

@@ -1,47 +1,18 @@
 """Rows in virtual memory: what has memory, and the calls that give it."""
 
-from test_kvcache import *
+import ctypes
+import mmap
+import sys
+from unittest import mock
 
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-# --- Virtual memory -------------------------------------------------------------------------------
-
-PAGE = mmap.PAGESIZE
-
-
-@pytest.mark.parametrize("page_kb", [PAGE // 1024, PAGE // 512])
-@pytest.mark.parametrize("layout", ["layer", "token"])
-@pytest.mark.parametrize("tight", [False, True])
-def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, layout, tight):
-    """Prompts that end just before, at and after a page; tight: hardly room for the longest."""
-    page = page_kb * 1024 // BYTES_PER_TOKEN
-    step = page * {"layer": 4, "token": 1}[layout]  # Two layers' keys and values.
-    lengths = [page - 1, page, page + 1, 5, 33, 40, step, step + 1] * 6
-    texts, limit, options = [text_of(n - 2, seed=n) for n in lengths], 40, []
-    if tight:
-        monkeypatch.setattr(
-            pages.VirtualCache, "can_admit", lambda self, n: self.groups_for(n) <= left(self)
-        )
-        n_steps = kvcache.blocks_for(max(lengths) + limit, step) + 1
-        options = ["--kv-gb", n_steps * step * BYTES_PER_TOKEN / 1e9]
-    result = run(VIRTUAL, tiny, tmp_path, texts, "--max-new-tokens", limit,
-                 "--layout", layout, "--page-kb", page_kb, *options)  # fmt: skip
-    plain = {text: plain_generate(tiny, tiny_prompt(text), limit) for text in set(texts)}
-    assert answers(result) == [plain[text] for text in texts]
-    if tight:
-        assert result["kv"]["peak_reserved_bytes"] <= result["kv"]["budget_bytes"]
-        assert result["preemptions"] >= 10
-
-
-def left(cache):
-    return cache.n_groups - sum(cache.n_needed)
-
-
-def test_virtual_calls_attention_as_naive_does():
-    calls = (
-        re.search(r"    def attend\(.*?\n\n", (HERE / f"llama3-{name}.py").read_text(), re.S)[0]
-        for name in ("naive", "virtual")
-    )
-    assert next(calls) == next(calls)
+from caches.virtual import VirtualCache
+from support.pages import CudaPages
+from test_kvcache import PAGE, VIRTUAL, run
 
 
 def resident(cache):
@@ -58,39 +29,50 @@ def resident(cache):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_what_has_memory(data):
     """After each step: what the kernel says, the budget, and all that the rows hold."""
     n_steps, by_token = data.draw(st.integers(3, 12)), data.draw(st.booleans())
     size = PAGE * data.draw(st.sampled_from([1, 2]))
     shape = (2, 1, 3 * size // (64 if by_token else 16))  # A token is three quarters of a step.
     budget = n_steps * size * (1 if by_token else 4)
-    cache = pages.VirtualCache(budget, size, by_token, 4, 12, shape, torch.float32, "cpu")
+    cache = VirtualCache(budget, size, by_token, 4, 12, shape, torch.float32, "cpu")
     held = {}  # Of each row in use the numbers in it, one a token.
-    for step in range(20):
-        row = data.draw(st.integers(0, 3))
-        before = list(cache.n_mapped), list(cache.n_needed)
-        free = left(cache)
-        if row not in held:
-            n = data.draw(st.integers(1, 12))
-            if len(held) == 4 or cache.groups_for(n) > free:
-                continue
-            held[row := cache.admit(n)] = []
-        elif data.draw(st.booleans()):
-            cache.release(row)
-            del held[row]
-            assert cache.n_mapped == before[0]  # Nothing is unmapped before others need it.
-            continue
-        else:
-            n = data.draw(st.integers(len(held[row]), 12))
-            need = max(0, cache.groups_for(n) - cache.n_needed[row])
-            assert cache.grow(row, n) == (need <= free)
-            if need > free:
-                assert (cache.n_mapped, cache.n_needed) == before
-                continue
-        for token in range(len(held[row]), n):
-            held[row].append(100 * step + token)
-            cache.kv[:, :, row, token] = held[row][-1]
+
+    def store(new):
+        for row, n in new.items():
+            for _ in range(n):
+                held[row].append(100 * step + len(held[row]))
+                cache.kv[:, :, row, len(held[row]) - 1] = held[row][-1]
+        cache.advance({row: [0] * n for row, n in new.items()})
+
+    for step in range(40):
+        before = list(cache.n_mapped)
+        match data.draw(st.sampled_from(["admit", "decode", "decode", "release"])):
+            case "admit":
+                n = data.draw(st.integers(1, 12))
+                fits = cache.groups_for(n) + len(held) <= cache.n_free()
+                assert cache.can_admit([0] * n) == fits
+                if len(held) < 4 and fits:
+                    row = cache.admit([0] * n)
+                    held[row] = []
+                    store({row: data.draw(st.integers(1, n))})  # A part of the prompt, or all.
+            case "decode" if held and max(map(len, held.values())) < 12:
+                needs = [
+                    max(cache.n_needed[row], cache.groups_for(len(numbers) + 1))
+                    for row, numbers in held.items()
+                ]
+                assert cache.can_grow() == (sum(needs) <= n_steps)
+                while not cache.can_grow():
+                    row, _ = held.popitem()
+                    cache.release(row)
+                cache.grow()
+                store(dict.fromkeys(held, 1))
+            case "release" if held:
+                row = data.draw(st.sampled_from(sorted(held)))
+                cache.release(row)
+                del held[row]
+                assert cache.n_mapped == before  # Nothing is unmapped before others need it.
         assert resident(cache) == {
             (row * cache.pieces + piece) * cache.row_groups + i
             for row in range(4)
@@ -103,32 +85,31 @@ def test_what_has_memory(data):
             assert cache.groups_for(len(numbers)) <= cache.n_needed[row]
             for token, number in enumerate(numbers):
                 assert (cache.kv[:, :, row, token] == number).all()
+            assert cache.positions()[row] == len(numbers)
         assert sorted([*held, *cache.idle]) == [0, 1, 2, 3]
+        assert cache.usage()[1] == sum(map(len, held.values()))
 
 
-def test_idle_rows_are_used_again():
-    """The row that fits best; others lose their pages before it, the first released at first."""
+def test_pages_that_no_request_needs():
+    """A new one takes the row with the most of them; the row idle for longest loses them first."""
     shape = (1, 1, PAGE // 8)
-    cache = pages.VirtualCache(10 * PAGE, PAGE, True, 4, 8, shape, torch.float32, "cpu")
-    rows = [cache.admit(n) for n in (1, 4, 2, 1)]  # A token is a page.
-    for i in (3, 1, 2, 0):
-        cache.release(rows[i])
-    assert [cache.n_mapped[row] for row in rows] == [1, 4, 2, 1] and left(cache) == 10
-    assert cache.admit(2) == rows[2]
-    assert cache.admit(5) == rows[1]  # None has five: four are the most.
-    assert [cache.n_mapped[row] for row in rows] == [1, 5, 2, 1]
-    assert cache.grow(rows[1], 7)  # One page was free; row 3 was released before row 0.
-    assert [cache.n_mapped[row] for row in rows] == [1, 7, 2, 0]
-    assert not cache.grow(rows[1], 9) and cache.n_needed[rows[1]] == 7
-    cache.release(rows[1])
-    cache.release(rows[2])
-    assert cache.admit(4) == rows[1]  # Three too many, where the others have too few.
-    assert cache.admit(6) == rows[2]  # One was free, one idle, and two that row 1 does not need.
-    assert [cache.n_mapped[row] for row in rows] == [0, 4, 6, 0]
-    cache.release(rows[2])
-    assert cache.admit(1) == rows[2]
-    cache.admit(3)  # Row 1 needs all that it has.
-    assert cache.n_mapped[rows[1]] == 4 and cache.n_mapped[rows[2]] == 3
+    cache = VirtualCache(10 * PAGE, PAGE, True, 4, 8, shape, torch.float32, "cpu")
+    rows = [cache.admit([0] * n) for n in (1, 4, 2, 1)]  # A token is a page.
+    assert rows == [0, 1, 2, 3]
+    for row in (3, 1, 2, 0):
+        cache.release(row)
+    assert cache.n_mapped == [1, 4, 2, 1] and cache.n_free() == 10
+    assert cache.admit([0] * 7) == 1  # Three more: two had no place, one is row 3's.
+    assert cache.n_mapped == [1, 7, 2, 0] and cache.n_free() == 3
+    cache.release(1)
+    assert cache.admit([0]) == 1
+    assert cache.n_mapped == [1, 7, 2, 0] and cache.n_free() == 9
+    assert cache.admit([0] * 6) == 2  # Four more: row 0's, and three that row 1 does not need.
+    assert cache.n_mapped == [0, 4, 6, 0] and cache.n_free() == 3
+    cache.advance({1: [0], 2: [0] * 6})
+    cache.grow()  # Row 1 has had its second page all the time; row 2's seventh was row 1's fourth.
+    assert cache.n_mapped == [0, 3, 7, 0] and cache.n_needed == [0, 2, 7, 0]
+    assert not cache.can_admit([0]) and cache.n_free() == 1  # One that each of two could grow by.
 
 
 def test_calls_to_the_cuda_driver(monkeypatch):
@@ -146,19 +127,13 @@ def test_calls_to_the_cuda_driver(monkeypatch):
         return call
 
     driver = mock.MagicMock()
-    for name in (
-        "GetAllocationGranularity",
-        "AddressReserve",
-        "Create",
-        "Map",
-        "SetAccess",
-        "Unmap",
-    ):
+    names = ["GetAllocationGranularity", "AddressReserve", "Create", "Map", "SetAccess", "Unmap"]
+    for name in names:
         setattr(driver, f"cuMem{name}", function(f"cuMem{name}"))
     monkeypatch.setitem(sys.modules, "cuda", mock.MagicMock())
     monkeypatch.setitem(sys.modules, "cuda.bindings", mock.MagicMock(driver=driver))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
-    device = pages.CudaPages(16, 4096, 2, torch.device("cpu"))
+    device = CudaPages(16, 4096, 2, torch.device("cpu"))
     create = ("cuMemCreate", 4096, device.prop, 0)
     assert calls[0][0] == "cuMemGetAllocationGranularity" and calls[2:] == [create] * 2
     assert calls[1] == ("cuMemAddressReserve", 16 * 4096, 0, 0, 0)
@@ -186,7 +161,7 @@ def test_calls_to_the_cuda_driver(monkeypatch):
     with pytest.raises(RuntimeError, match="cuMemUnmap"):
         device.unmap([9])
     with pytest.raises(ValueError, match="multiples of 1 KiB"):
-        pages.CudaPages(16, 1000, 2, torch.device("cpu"))
+        CudaPages(16, 1000, 2, torch.device("cpu"))
 
 
 def test_systems_without_madvise(tmp_path, tiny, monkeypatch):
@@ -199,14 +174,16 @@ def test_systems_without_madvise(tmp_path, tiny, monkeypatch):
 def test_pages_on_a_card():
     """Map, grow, unmap, use again; numbers stay where they were put."""
     shape = (32, 8, 128)
-    cache = pages.VirtualCache(12 << 20, 2 << 20, True, 3, 64, shape, torch.float16, "cuda")
-    rows = [cache.admit(n) for n in (16, 40)]
+    cache = VirtualCache(12 << 20, 2 << 20, True, 3, 64, shape, torch.float16, "cuda")
+    rows = [cache.admit([0] * n) for n in (16, 40)]
     for row, n in zip(rows, (16, 40), strict=True):
         cache.kv[:, :, row, :n] = row + 1
-    assert not cache.grow(rows[0], 64) and cache.grow(rows[0], 48)
-    cache.kv[:, :, rows[0], 16:48] = 5
-    assert (cache.kv[:, :, rows[0], :16] == 1).all() and (cache.kv[:, :, rows[1], :40] == 2).all()
+        cache.advance({row: [0] * n})
+    assert cache.can_grow()
+    cache.grow()
+    cache.kv[:, :, rows[0], 16:32] = 5
+    assert (cache.kv[:, :, rows[0], :16] == rows[0] + 1).all()
     cache.release(rows[1])
-    row = cache.admit(33)
+    row = cache.admit([0] * 33)
     cache.kv[:, :, row, :33] = 7
-    assert (cache.kv[:, :, rows[0], 16:48] == 5).all() and (cache.kv[:, :, row, :33] == 7).all()
+    assert (cache.kv[:, :, rows[0], 16:32] == 5).all() and (cache.kv[:, :, row, :33] == 7).all()
