@@ -106,14 +106,14 @@ def generate(model, cache, requests, chat, args, stats):
     def attend(layer, some, q, k, v):
         # Token t of a row is in slot t % block_size of block block_table[row, t // block_size]:
         # there k and v are stored, from t = seq_len on, and there attention reads.
+        lengths, table = seq_len[some], block_table[some]
         return flash_attn_with_kvcache(
-            q, *cache.layer(layer), k, v,
-            cache_seqlens=seq_len[some], block_table=block_table[some], causal=True,
-        )  # fmt: skip
+            q, *cache.layer(layer), k, v, cache_seqlens=lengths, block_table=table, causal=True
+        )
 
     while waiting or running:
         with stats.clock("manager"):
-            while not cache.can_grow():  # Preempt the youngest: its blocks are computed again.
+            while not cache.can_grow():  # Preempt the youngest.
                 row, request = running.popitem()
                 cache.release(row)
                 waiting.appendleft(request)

@@ -1,7 +1,7 @@
 """Batched Llama 3 with two tiers of KV cache: blocks in HBM, and DRAM below it.
 
     python llama3-tiered.py 49 --turns 3 --kv-gb 0.2            chats that outgrow HBM
-    python llama3-tiered.py 4 --window 512 --sink 16            texts of any length: see window.py
+    python llama3-tiered.py 4 --window 512 --sink 16            texts of any length
 
 Blocks outlive their requests. When HBM is full, those not used for the longest time move to DRAM;
 a later turn of the chat, a prompt that begins like another, and a request that was preempted find
@@ -118,13 +118,12 @@ def generate(model, cache, requests, chat, args, stats):
         if args.top_k:
             lengths, table = cache.retrieve(layer, list(new)[some], q, lengths, table)
         return flash_attn_with_kvcache(
-            q, *cache.layer(layer), k, v,
-            cache_seqlens=lengths, block_table=table, causal=True,
-        )  # fmt: skip
+            q, *cache.layer(layer), k, v, cache_seqlens=lengths, block_table=table, causal=True
+        )
 
     while waiting or running:
         with stats.clock("manager"):
-            while not cache.can_grow():  # Preempt the youngest: its blocks may stay.
+            while not cache.can_grow():  # Preempt the youngest.
                 row, request = running.popitem()
                 cache.release(row)
                 waiting.appendleft(request)

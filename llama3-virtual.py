@@ -5,7 +5,7 @@
 
 Each request has a row of max_seq_len slots, as in llama3-naive.py, but of addresses only: the
 operating system, or the CUDA driver, puts memory behind them where tokens are (vAttention). The
-attention call is llama3-naive.py's. Pages are not shared: what all prompts begin with is short.
+attention reads contiguous rows, as there. Pages are not shared: what all prompts begin with is short.
 
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """
@@ -108,14 +108,12 @@ def generate(model, cache, requests, chat, args, stats):
 
     def attend(layer, some, q, k, v):
         # As in llama3-naive.py; cache_batch_idx says which rows they are, as some may be idle.
-        return flash_attn_with_kvcache(
-            q, *cache.layer(layer), k, v,
-            cache_seqlens=seq_len[some], cache_batch_idx=rows[some], causal=True,
-        )  # fmt: skip
+        places = {"cache_seqlens": seq_len[some], "cache_batch_idx": rows[some]}
+        return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
     while waiting or running:
         with stats.clock("manager"):
-            while not cache.can_grow():  # Preempt the youngest: its row is computed again.
+            while not cache.can_grow():  # Preempt the youngest.
                 row, request = running.popitem()
                 cache.release(row)
                 waiting.appendleft(request)
@@ -155,7 +153,7 @@ def main(argv=None):
     page_bytes = 1024 * args.page_kb if args.page_kb else 2 << 20 if on_cuda else mmap.PAGESIZE
     by_token = args.layout == "token" if args.layout else on_cuda
     rows = (args.n, args.max_seq_len, stats.shape, stats.dtype, args.device)
-    with or_exit(f"{args.n} rows of {args.max_seq_len} slots in virtual memory cannot be had"):
+    with or_exit(f"{args.n} rows of {args.max_seq_len} slots cannot be had"):
         cache = VirtualCache(stats.budget, page_bytes, by_token, *rows)
     longest = max(request.limit for request in requests)
     if (need := cache.groups_for(longest - 1)) > cache.n_groups:  # The last token is never stored.
