@@ -46,7 +46,8 @@ def load(args):
         sys.exit(1)
     with or_exit(f"{args.model} cannot be loaded as a Llama 3 checkpoint of one shard"):
         params = json.loads((args.model / "params.json").read_text())
-        params = {"n_kv_heads": params["n_heads"], "rope_theta": 10000.0, **params}
+        usual = {"n_kv_heads": params["n_heads"], "norm_eps": 1e-5, "rope_theta": 10000.0}
+        params = {**usual, **params}
         # Llama 3.1's, and that of the small models of 3.2.
         params.setdefault("rope_scaling_factor", 8 if params["dim"] >= 4096 else 32)
         (shard,) = args.model.glob("consolidated.*.pth")
@@ -65,6 +66,7 @@ def load(args):
                 w[name] = pack(w[name])
         # The small models of Llama 3.2 have no output matrix: they use the embeddings.
         w.setdefault("output", pack(w["tok_embeddings"]))
+    with or_exit(f"{args.model / 'tokenizer.model'} does not belong to this checkpoint"):
         # A checkpoint whose tokenizer or chats are not Llama 3's says so in params.json.
         chat = params.get("chat") or json.loads((MODELS / "llama3-chat.json").read_text())
         lines = (args.model / "tokenizer.model").read_bytes().splitlines()
@@ -84,8 +86,15 @@ def load(args):
 
 def check(params, w):
     """Raises ValueError where params.json and the weights (by name) do not belong together."""
+    sizes = ("dim", "n_layers", "n_heads", "n_kv_heads")
+    for name in (*sizes, "norm_eps", "rope_theta", "rope_scaling_factor"):
+        if not params[name] > 0:
+            raise ValueError(f"by params.json {name} is {params[name]}")
     dim, vocab = params["dim"], len(w["tok_embeddings"])
-    kv = dim // params["n_heads"] * params["n_kv_heads"]
+    H, Hkv = params["n_heads"], params["n_kv_heads"]
+    if dim % (2 * H) or H % Hkv:
+        raise ValueError(f"by params.json {H} heads of size {dim / H:g} share {Hkv} key heads")
+    kv = dim // H * Hkv
     shapes = {"tok_embeddings": (vocab, dim), "norm": (dim,), "output": (vocab, dim)}
     for i in range(params["n_layers"]):
         hidden = len(w.get(f"layers.{i}.feed_forward.w1", ()))

@@ -73,18 +73,18 @@ def conversations(file):
     Those that cannot be read are skipped, with one line on stderr. Raises ValueError if all are.
     """
     text = Path(file).read_text(encoding="utf-8-sig")
-    lines = str(file).endswith(".jsonl")
-    rows = [json.loads(line) for line in text.splitlines() if line] if lines else json.loads(text)
+    by_line = text.lstrip().startswith("{")  # splitlines() would cut at U+2028, too.
+    rows = [line for line in text.split("\n") if line.strip()] if by_line else json.loads(text)
     if not isinstance(rows, list):
         raise ValueError(f"a list of conversations is wanted, this is a {type(rows).__name__}")
     found, wrong = [], []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(humans(row))
+            found.append(humans(json.loads(row) if by_line else row))
         except ValueError as error:
             wrong.append(f"number {number}: {error}")
     if not found:
-        raise ValueError(f"of {len(rows)} conversations none can be used; {wrong[:1]}")
+        raise ValueError("; ".join([f"none of {len(rows)} conversations can be used", *wrong[:1]]))
     if wrong:
         print(f"{len(wrong)} of {len(rows)} conversations skipped, {wrong[0]}.", file=sys.stderr)
     return found

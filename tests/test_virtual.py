@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import sys
+from itertools import count
 from unittest import mock
 
 import pytest
@@ -37,16 +38,16 @@ def test_what_has_memory(data):
     shape = (2, 1, 3 * size // (64 if by_token else 16))  # A token is three quarters of a step.
     budget = n_steps * size * (1 if by_token else 4)
     cache = VirtualCache(budget, size, by_token, 4, 12, shape, torch.float32, "cpu")
-    held = {}  # Of each row in use the numbers in it, one a token.
+    held, numbers_left = {}, count(1)  # Of each row in use the numbers in it, one a token.
 
     def store(new):
         for row, n in new.items():
             for _ in range(n):
-                held[row].append(100 * step + len(held[row]))
+                held[row].append(next(numbers_left))
                 cache.kv[:, :, row, len(held[row]) - 1] = held[row][-1]
         cache.advance({row: [0] * n for row, n in new.items()})
 
-    for step in range(40):
+    for _ in range(40):
         before = list(cache.n_mapped)
         match data.draw(st.sampled_from(["admit", "decode", "decode", "release"])):
             case "admit":
