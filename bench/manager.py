@@ -1,62 +1,95 @@
-"""What the block manager costs per decode step, by batch and context, without a model.
+"""What managing memory costs, without a model.
 
-    python bench/manager.py [--json FILE]
+    python bench/manager.py
 
-A step is what llama3-paged.py does around the model: let rows grow, hand out the tables, count the
-new tokens, read the statistics. Every row needs a new block once in block_size steps; the rows'
-lengths are spread so that in each step an equal share of them does. Prints the median over rounds
-of the mean over block_size steps, in microseconds, and the ratio to batch 8 at context 100.
+step    microseconds that the block manager takes per decode step, by batch and context. A step is
+        what llama3-paged.py does around the model: let rows grow, hand out the tables, count the
+        new tokens, read the statistics. Every row needs a new block once in block_size steps; the
+        rows' lengths are spread so that in each step an equal share of them does. The median over
+        rounds of the mean over block_size steps, and the ratio to batch 8 at context 100.
+map     microseconds to map and to unmap a page of llama3-virtual.py, 60 at a time, of 4 KiB and of
+        2 MiB
+
+(What reading such rows costs is in bench/peers.py.)
 """
 
-import argparse
+import json
+import mmap
 import statistics
 import time
 
 import torch
-from common import save
+from common import arguments, in_turn, save, table
 
 from kvcache import PagedCache
+from support.pages import CudaPages, HostPages
 
 BLOCK_SIZE, WARM_UP, ROUNDS = 16, 5, 40
+BATCHES, CONTEXTS = (1, 8, 64, 512), (100, 8000)
 
 
-def microseconds_per_step(batch, context):
+def step(batch, context):
     """Median over ROUNDS rounds of BLOCK_SIZE steps, for rows of about `context` tokens."""
     longest = context + BLOCK_SIZE * (WARM_UP + ROUNDS + 1)
     n_blocks = batch * (longest // BLOCK_SIZE + 1)
     cache = PagedCache(n_blocks, BLOCK_SIZE, batch, longest, (1, 1, 1), torch.float32, "cpu")
-    lengths = [context + row % BLOCK_SIZE for row in range(batch)]
-    for length in lengths:
-        cache.admit(length)
-    cache.advance(lengths)
-    rounds, new = [], [[0]] * batch
+    for i in range(batch):
+        tokens = [0] * (context + i % BLOCK_SIZE)
+        row = cache.admit(tokens)
+        cache.advance({row: tokens})
+    rounds, new = [], {row: [0] for row in range(batch)}
     for _ in range(WARM_UP + ROUNDS):
         start = time.perf_counter()
         for _ in range(BLOCK_SIZE):
             assert cache.can_grow(), "the pool is made for all rounds"
             cache.grow()
-            cache.tables()
-            cache.advance([len(tokens) for tokens in new])
+            cache.positions().tolist()
+            cache.tables(list(new))
+            cache.advance(new)
             cache.usage()
-            cache.release([])
         rounds.append((time.perf_counter() - start) / BLOCK_SIZE * 1e6)
     return statistics.median(rounds[WARM_UP:])
 
 
+def mapping(page_kb, device, n=4096):
+    """Microseconds to map and to unmap a page, of n pages of 4 KiB, or fewer that are larger."""
+    n = max(60, n * 4 // page_kb // 60 * 60)
+    size = (n, page_kb * 1024)
+    pages = CudaPages(*size, n) if device == "cuda" else HostPages(*size)
+
+    def call(name):
+        start = time.perf_counter()
+        for first in range(0, n, 60):
+            getattr(pages, name)(list(range(first, first + 60)))
+        return 1e6 * (time.perf_counter() - start) / n
+
+    return in_turn(["map", "unmap"], 5, call)
+
+
+def print_tables(result):
+    print("Microseconds of the block manager per decode step")
+    of, rows = result["microseconds"], []
+    for batch in BATCHES:
+        short, long = (of[f"{batch} x {context}"] for context in CONTEXTS)
+        ratio = short / of["8 x 100"]
+        rows.append({"batch": batch, "context 100": short, "8,000": long, "vs. batch 8": ratio})
+    table(rows)
+    print("\nMicroseconds to map and to unmap a page")
+    table(result["map"])
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
-    args = parser.parse_args()
-    contexts, batches = (100, 8000), (1, 8, 64, 512)
-    result = {f"{b} x {c}": microseconds_per_step(b, c) for b in batches for c in contexts}
-    print("microseconds per decode step\nbatch   context 100   context 8,000   vs. batch 8")
-    for batch in batches:
-        short, long = (result[f"{batch} x {context}"] for context in contexts)
-        print(f"{batch:5} {short:13.1f} {long:15.1f} {short / result['8 x 100']:12.2f}")
-    if args.json:
-        save(args.json, {"microseconds": result})
+    args = arguments(__doc__, "manager").parse_args()
+    if args.show:
+        return print_tables(json.loads(args.json.read_text()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = [2048] if device == "cuda" else [mmap.PAGESIZE // 1024, 2048]
+    result = {
+        "microseconds": {f"{b} x {c}": step(b, c) for b in BATCHES for c in CONTEXTS},
+        "map": [{"page_kb": kb, **mapping(kb, device)} for kb in sizes],
+    }
+    save(args.json, result)
+    print_tables(result)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import statistics
 import sys
 
 from common import RESULTS
-
-from inputs import or_exit
+from quality import BUCKET, CONTEXT
+from tiers import UCM
 
 INK = "#444444"
 STRATEGIES = {  # Color; hatching of its bars; line and marker of its curves
@@ -32,13 +32,14 @@ STRATEGIES = {  # Color; hatching of its bars; line and marker of its curves
 }
 
 
-def bars(axis, names, values, labels, looks=None):
-    """Horizontal bars, the first on top. looks: {name: strategy}, by default its own."""
-    strategies = names if looks is None else [looks.get(name, "other") for name in names]
-    colors, hatches, *_ = zip(*(STRATEGIES[strategy] for strategy in strategies), strict=True)
-    drawn = axis.barh(names, values, color=colors, hatch=hatches, edgecolor=INK)
+def bars(axis, values, labels, looks):
+    """Horizontal bars {name: length}, the first on top. looks: a strategy for each."""
+    colors, hatches, *_ = zip(*(STRATEGIES[look] for look in looks), strict=True)
+    drawn = axis.barh(
+        list(values), list(values.values()), color=colors, hatch=hatches, edgecolor=INK
+    )
     axis.bar_label(drawn, labels, padding=3)
-    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.set_ylim(len(values) - 0.5, -0.5)
     axis.margins(x=0.2)
 
 
@@ -52,48 +53,42 @@ def line(axis, strategy, xs, ys, **others):
 
 
 def time_per_token(axis, rows):
-    names = list(rows)
-    values = [row["token_ms"] for row in rows.values()]
+    values = {name: row["token_ms"] for name, row in rows.items()}
     labels = [f"{row['token_ms']:.0f} ({row['max_batch']} at once)" for row in rows.values()]
-    bars(axis, names, values, labels)
+    bars(axis, values, labels, rows)
     axis.margins(x=0.4)
     axis.set(xlabel="milliseconds per token of an answer, median", title="Time per token")
 
 
 def memory(axis, rows):
-    names = list(rows)
-    used = [row["used_bytes"] / 1e9 for row in rows.values()]
-    rest = [(row["reserved_bytes"] - row["used_bytes"]) / 1e9 for row in rows.values()]
-    colors, hatches, *_ = zip(*(STRATEGIES[name] for name in names), strict=True)
-    axis.barh(names, used, color=colors, hatch=hatches, edgecolor=INK, label="used, in color")
-    wasted = axis.barh(names, rest, left=used, color="#f4f4f4", edgecolor=INK, label="fragmented")
-    labels = [f"{row['fragmented_of_reserved']:.1%}" for row in rows.values()]
-    axis.bar_label(wasted, labels, padding=3)
-    axis.invert_yaxis()
-    axis.margins(x=0.2)
-    axis.set(xlabel="GB reserved at the peak; fragmented, of reserved", title="Memory")
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    used = {name: row["used_bytes"] / 1e9 for name, row in rows.items()}
+    wasted = [(row["reserved_bytes"] - row["used_bytes"]) / 1e9 for row in rows.values()]
+    bars(axis, used, [""] * len(rows), rows)
+    rest = axis.barh(list(rows), wasted, left=list(used.values()), color="#f4f4f4", edgecolor=INK)
+    axis.bar_label(
+        rest, [f"{row['fragmented_of_reserved']:.1%}" for row in rows.values()], padding=3
+    )
+    axis.set(xlabel="GB reserved at the peak; in color: used; %: fragmented, of reserved")
+    axis.set(title="Memory")
 
 
 def max_batch(axis, rows):
-    rows = {name: row["most_at_once"] for name, row in rows.items() if "most_at_once" in row}
-    rows.pop("paged-max", None)
-    labels = [f"{n} in 1/7 of it" if name == "tiered" else n for name, n in rows.items()]
-    bars(axis, list(rows), list(rows.values()), labels)
+    most = {name: row["most_at_once"] for name, row in rows.items() if name != "paged-max"}
+    labels = [f"{n} in 1/7 of it" if name == "tiered" else n for name, n in most.items()]
+    bars(axis, most, labels, most)
     axis.set(xlabel="requests in the budget, none of which waits for another's end")
     axis.set(title="Most requests at once")
 
 
 def quality_and_memory(axis, rows):
     """HBM that 2,048 tokens take, and their perplexity; naive's is a row, whatever the text."""
-    points = {name: (row["text_bytes"]["here"], row["perplexity_of_full"], name)
-              for name, row in rows.items() if "text_bytes" in row}  # fmt: skip
-    if not points:
-        return axis.set(title="Quality against memory: not measured")
-    for row in [row for row in rows.values() if "text_bytes" in row][:1]:
-        points["paged"] = (row["text_bytes"]["full"], 1, "paged, virtual, tiered")
-    if "naive" in rows:
-        points["naive"] = (rows["naive"]["reserved_bytes"] / rows["naive"]["max_batch"], 1, "naive")
+    points = {}
+    for name, row in rows.items():
+        if name == "naive":
+            points[name] = (row["reserved_bytes"] / row["max_batch"], 1, "naive")
+        if "text_bytes" in row:
+            points["paged"] = (row["text_bytes"]["full"], 1, "paged, virtual, tiered")
+            points[name] = (row["text_bytes"]["here"], row["perplexity_of_full"], name)
     for name, (size, perplexity, label) in points.items():
         line(axis, name, [size / 1e6], [perplexity], markersize=9, markeredgecolor=INK)
         place = {"textcoords": "offset points", "xytext": (0, 10), "ha": "center"}
@@ -107,19 +102,11 @@ def quality_and_memory(axis, rows):
 
 def compare(plt, result):
     rows = {name: row for name, row in result["strategies"].items() if "error" not in row}
-    parts = {
-        "time": time_per_token,
-        "memory": memory,
-        "batch": max_batch,
-        "quality": quality_and_memory,
-    }
-    sheet, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="tight")
-    for axis, (name, draw) in zip(axes.flat, parts.items(), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="tight")
+    parts = (time_per_token, memory, max_batch, quality_and_memory)
+    for axis, draw in zip(axes.flat, parts, strict=True):
         draw(axis, rows)
-        figure, alone = plt.subplots(figsize=(6.5, 3.8), layout="tight")
-        draw(alone, rows)
-        yield f"-{name}", figure
-    yield "", sheet
+    return figure
 
 
 # --- The other benchmarks -------------------------------------------------------------------------
@@ -127,40 +114,35 @@ def compare(plt, result):
 
 def peers(plt, result):
     """bench/peers.py"""
-    rows = {n: row for n, row in result["engines"].items() if "tokens_per_s" in row.get("49", {})}
+    engines = {name: row for name, row in result["engines"].items() if "49" in row}
     looks = {"llama3-paged": "paged", "llama3-virtual": "virtual", "products alone": "generate"}
     titles = {"49": "49 requests", "8": "8 requests", "1": "1 request", "as they stand": "49, long"}
     figure, axes = plt.subplots(1, len(titles), figsize=(13, 3.2), sharey=True, layout="tight")
     for axis, (load, title) in zip(axes, titles.items(), strict=True):
-        values = [row.get(load, {}).get("tokens_per_s", 0) for row in rows.values()]
-        bars(
-            axis, list(rows), values, [f"{value:.0f}" if value else "-" for value in values], looks
-        )
+        speeds = {name: row.get(load, {}).get("tokens_per_s", 0) for name, row in engines.items()}
+        labels = [f"{speed:.0f}" if speed else "-" for speed in speeds.values()]
+        bars(axis, speeds, labels, [looks.get(name, "other") for name in speeds])
         axis.set(title=title, xlabel="generated tokens/s")
-    yield "", figure
+    return figure
 
 
 def tiers(plt, result):
     """bench/tiers.py"""
-    from tiers import UCM
-
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="tight")
     cases = result["first_token"]
-    names = [f"{case['tokens'] // 1000}k x {case['requests']}" for case in cases]
     seconds = [case["seconds"] for case in cases]
+    ucm = [1 + UCM.get((case["tokens"], case["requests"]), -1) for case in cases]
     series = {
         "80% in DRAM": ("tiered", [s["computed"] / s["DRAM"] for s in seconds]),
         "80% in HBM, the limit": ("generate", [s["computed"] / s["HBM"] for s in seconds]),
-        "UCM's DRAM store": (
-            "other",
-            [1 + UCM.get((c["tokens"], c["requests"]), -1) for c in cases],
-        ),
+        "UCM's DRAM store": ("other", ucm),
     }
     for i, (label, (look, values)) in enumerate(series.items()):
         color, hatch, *_ = STRATEGIES[look]
-        at = [x + 0.27 * (i - 1) for x in range(len(names))]
+        at = [x + 0.27 * (i - 1) for x in range(len(cases))]
         left.bar(at, values, 0.27, label=label, color=color, hatch=hatch, edgecolor=INK)
     left.set(ylabel="times sooner than computed", xlabel="tokens x requests", title="First token")
+    names = [f"{case['tokens'] // 1000}k x {case['requests']}" for case in cases]
     left.set_xticks(range(len(names)), names, fontsize=8)
     left.axhline(1, color=INK, linewidth=0.8)
     contexts = [case["context"] for case in result["resume"]]
@@ -173,13 +155,11 @@ def tiers(plt, result):
     right.minorticks_off()
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
-    yield "", figure
+    return figure
 
 
 def quality(plt, result):
     """bench/quality.py"""
-    from quality import BUCKET, CONTEXT
-
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="tight")
     (text, kept), (needle, speed) = axes
     looks = {"full": "full", "window": "other", "4 sinks + window": "window",
@@ -192,8 +172,7 @@ def quality(plt, result):
     text.axvline(CONTEXT, color=INK, linewidth=0.8)  # The model's context ends.
     text.set(xlabel="tokens read", ylabel="perplexity", yscale="log")
     text.set(title="Text, HBM for 512 + sink")
-    both = ("sink + window", "retrieval")
-    for name in both:
+    for name in ("sink + window", "retrieval"):
         cases = sorted((c for c in result["kept"] if c["policy"] == name), key=lambda c: c["share"])
         shares = [1 / case["share"] for case in cases]
         line(kept, looks[name], shares, [case["kl"] for case in cases], label=name)
@@ -201,16 +180,15 @@ def quality(plt, result):
     kept.set(title="Next token against full attention", xscale="log", yscale="log")
     kept.set_xticks(shares, [f"1/{case['share']}" for case in cases])
     for name, share in (("full", 1), ("sink + window", 4), ("retrieval", 4), ("retrieval", 8)):
-        within = (c for c in result["needle"] if c["tokens"] <= 8192)  # The model's context.
-        cases = [c for c in within if (c["policy"], c["share"]) == (name, share)]
-        found = {c["tokens"]: statistics.mean(c["found"]) for c in cases}
+        cases = [c for c in result["needle"] if (c["policy"], c["share"]) == (name, share)]
+        within = sorted((c for c in cases if c["tokens"] <= CONTEXT), key=lambda c: c["tokens"])
         label = name if share == 1 else f"{name}, 1/{share} in HBM"
         more = {"linestyle": ":", "marker": "o", "markerfacecolor": "white"} if share == 8 else {}
-        xs = sorted(found)
-        line(needle, looks[name], xs, [found[n] for n in xs], label=label, **more)
+        found = [statistics.mean(case["found"]) for case in within]
+        line(needle, looks[name], [c["tokens"] for c in within], found, label=label, **more)
     needle.set(xlabel="tokens", ylabel="share of needles found", ylim=(-0.05, 1.05))
     needle.set(title="Needle in noise")
-    for name in ("full", *both):
+    for name in ("full", "sink + window", "retrieval"):
         cases = [case for case in result["speed"] if case["policy"] == name]
         xs = [case["context"] for case in cases]
         line(speed, looks[name], xs, [case["ms"] for case in cases], label=name)
@@ -222,18 +200,16 @@ def quality(plt, result):
         axis.minorticks_off()
     for axis in axes.flat:
         axis.legend(frameon=False, fontsize=8)
-    yield "", figure
+    return figure
 
 
 FIGURES = {"compare": compare, "peers": peers, "tiers": tiers, "quality": quality}
 
 
-def draw(name, path):
-    """Draw the result that bench/NAME.py has written to path."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        sys.exit(f"{error}: pip install -r bench/requirements.txt")
+def draw(name, file):
+    """Draw the result of bench/NAME.py beside its JSON file."""
+    import matplotlib
+
     matplotlib.use("Agg")
     matplotlib.rcParams |= {
         "svg.hashsalt": name,  # The same figure is the same file.
@@ -241,12 +217,10 @@ def draw(name, path):
     }  # fmt: skip
     from matplotlib import pyplot as plt
 
-    with or_exit(f"{path} is not a result of bench/{name}.py"):
-        figures = list(FIGURES[name](plt, json.loads(path.read_text())))
-    for suffix, figure in figures:
-        for kind, more in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
-            figure.savefig(path.with_name(path.stem + suffix + kind), **more)
-        plt.close(figure)
+    figure = FIGURES[name](plt, json.loads(file.read_text()))
+    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(file.with_suffix(".png"), dpi=150)
+    plt.close(figure)
 
 
 def main():
@@ -258,10 +232,12 @@ def main():
     if unknown := set(args.names) - set(FIGURES):
         parser.error(f"no such figures: {', '.join(unknown)}")
     for name in args.names or FIGURES:
-        if (path := RESULTS / f"{name}.json").exists():
-            draw(name, path)
-        else:
-            sys.exit(f"{path} does not exist: python bench/{name}.py writes it.")
+        try:
+            draw(name, RESULTS / f"{name}.json")
+        except ImportError as error:
+            sys.exit(f"{error}: pip install -r bench/requirements.txt")
+        except FileNotFoundError:
+            sys.exit(f"There is no bench/results/{name}.json: python bench/{name}.py writes it.")
 
 
 if __name__ == "__main__":

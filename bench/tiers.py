@@ -14,92 +14,72 @@ any. Contexts beyond the model's own (8,192) give times like others. Medians of 
 in turn; of fewer rounds for prompts of more than 4,000 tokens.
 """
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
+from itertools import product
 
-import plot
 import torch
-from common import RESULTS, load_script, save
+from common import arguments, in_turn, load_script, save, table
 
-from inputs import Turn
 from kvcache import TieredCache, blocks_for
+from support.prompts import Request
 
-TOKENS, REQUESTS, CONTEXTS = (
-    (4000, 8000, 16000),
-    (1, 2, 4),
-    (64, 128, 256, 512, 1024, 2048, 4096, 8192),
-)
-WAYS = ("computed", "HBM", "DRAM")
 # Unified Cache Manager's README, DRAM store: how much sooner at 80% hits, by (tokens, requests).
 UCM = {
     (4000, 1): 2.31, (4000, 2): 2.66, (4000, 4): 2.76,
     (8000, 1): 2.65, (8000, 2): 2.81, (8000, 4): 2.90,
     (16000, 1): 1.98, (16000, 2): 1.88, (16000, 4): 2.10,
 }  # fmt: skip
+CONTEXTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class Bench:
-    """The model and what its script needs around it."""
+    """The model, and a cache for each measurement."""
 
     def __init__(self):
         self.script = load_script("llama3-tiered")
-        self.args = self.script.parser.parse_args(["1", "--max-new-tokens", "1"])
-        self.args.max_seq_len = 10**6
+        options = ["1", "--max-new-tokens", "1", "--max-seq-len", "1000000"]
+        self.args = self.script.parser.parse_args(options)
         self.model, _, _ = self.script.load(self.args)
-        self.params = self.model[0]
         self.size = self.script.block_size_for(self.args, 16)
-        self.seed = 0
-
-    def dtype(self):
-        return getattr(torch, self.args.dtype)
+        self.stats = self.script.Stats(self.args, self.model[0])
+        self.stats.sample = lambda *_: None  # It would show the progress.
+        self.random = torch.Generator().manual_seed(0)
 
     def cache(self, n_tokens, n_requests):
         """Both tiers have room for all requests, HBM for a block more each."""
         n_blocks = n_requests * (blocks_for(n_tokens, self.size) + 1)
-        layers, heads, dim = (self.params[name] for name in ("n_layers", "n_kv_heads", "dim"))
-        shape, place = (
-            (layers, heads, dim // self.params["n_heads"]),
-            (self.dtype(), self.args.device),
-        )
-        paged = (n_blocks, self.size, n_requests, n_tokens + 1, shape, *place)
-        return TieredCache(n_blocks, None, *paged)
+        rows = (self.size, n_requests, n_tokens + 1)
+        place = (self.stats.shape, self.stats.dtype, self.args.device)
+        return TieredCache(n_blocks, n_blocks, *rows, *place)
 
     def prompt(self, n_tokens):
         """Random tokens, other ones each time."""
-        self.seed += 1
-        g = torch.Generator().manual_seed(self.seed)
-        return torch.randint(1000, self.params["vocab_size"], (n_tokens,), generator=g).tolist()
+        return torch.randint(1000, 40000, (n_tokens,), generator=self.random).tolist()
 
     def store(self, cache, tokens):
-        """Let the store hold these tokens, in HBM."""
-        cache.admit(tokens)
-        for block in cache.block_table[0, : cache.n_owned[0]].tolist():
+        """Let HBM hold these tokens."""
+        row = cache.admit(tokens)
+        for block in cache.block_table[row, : cache.n_owned[row]].tolist():
             cache.kv[:, :, block].normal_()
-        cache.commit(0, tokens, last=True)
-        cache.release([0])
+        cache.advance({row: tokens})
+        cache.release(row)
 
     def spill(self, cache):
         """Take all of HBM, so that everything leaves it; returns the seconds that this takes."""
         start = time.perf_counter()
-        cache.pool.free(cache.pool.alloc(cache.pool.n_free()))
-        self.synchronize()
-        return time.perf_counter() - start
-
-    def synchronize(self):
+        cache.pool.free(cache.alloc(cache.n_free()))
         if self.args.device == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def first_token(self, cache, prompts):
         """Mean seconds from the arrival of all prompts to the first token of each."""
-        stats = self.script.Stats.__new__(self.script.Stats)
-        stats.seconds, stats.preemptions = dict.fromkeys(("prefill", "decode", "manager"), 0.0), 0
-        stats.sample = lambda *_: None
-        turns = [Turn((i, 0), "", prompt, []) for i, prompt in enumerate(prompts)]
-        self.script.generate(self.model, cache, turns, set(), self.args, stats)
-        return statistics.mean(turn.first_token for turn in turns)
+        requests = [Request((i, 0), "", prompt, [], self.args) for i, prompt in enumerate(prompts)]
+        chat = {"stop": set()}
+        self.script.generate(self.model, cache, requests, chat, self.args, self.stats)
+        return statistics.mean(request.first_token for request in requests)
 
     def hit(self, way, n_tokens, n_requests):
         """Seconds to the first token with 80% of the prompts in this tier."""
@@ -125,84 +105,50 @@ class Bench:
             away = self.spill(cache)
         return away + self.first_token(cache, [tokens])
 
-    def bandwidths(self, n_tokens):
-        """GB/s (1e9 bytes) to DRAM and back to HBM."""
-        cache, tokens = self.cache(n_tokens + 1, 1), self.prompt(n_tokens + 1)
-        self.store(cache, tokens[:-1])
-        down = self.spill(cache)
-        start = time.perf_counter()
-        cache.admit(tokens)
-        self.synchronize()
-        up = time.perf_counter() - start
-        return [len(tokens) // self.size * cache.dram[0].nbytes / s / 1e9 for s in (down, up)]
-
 
 def print_tables(result):
-    print(
-        "\nSeconds to the first token; 80% of the prompt in a tier; how much sooner than computed"
-    )
-    print("tokens  requests   computed     HBM    DRAM   DRAM/HBM     ours    limit      UCM")
+    print("\nSeconds to the first token with 80% of the prompt in a tier; how much sooner that is")
+    rows = []
     for case in result["first_token"]:
-        full, hbm, dram = (case["seconds"][way] for way in WAYS)
-        n, requests = case["tokens"], case["requests"]
-        ucm = f"{UCM[n, requests]:+9.0%}" if (n, requests) in UCM else f"{'-':>9}"
-        print(f"{n:6,}{requests:10}{full:11.2f}{hbm:8.2f}{dram:8.2f}{dram / hbm:11.2f}"
-              f"{full / dram - 1:+9.0%}{full / hbm - 1:+9.0%}{ucm}")  # fmt: skip
-    down, up = result["gb_per_s"]
-    print(f"Copies of 8,192 tokens: {down:.1f} GB/s to DRAM, {up:.1f} GB/s back.")
-    if result["resume"]:
-        print("\nMilliseconds to the next token of a preempted request")
-        print("context      swap   recompute   ratio")
-    for case in result["resume"]:
-        swap, again = case["swap"] * 1000, case["recompute"] * 1000
-        print(f"{case['context']:7,}{swap:10.1f}{again:12.1f}{again / swap:8.2f}")
+        n, requests, seconds = case["tokens"], case["requests"], case["seconds"]
+        rows.append({
+            "tokens": n, "requests": requests, **seconds,
+            "ours": seconds["computed"] / seconds["DRAM"] - 1,
+            "limit": seconds["computed"] / seconds["HBM"] - 1, "UCM": UCM.get((n, requests)),
+        })  # fmt: skip
+    table(rows)
+    print("\nSeconds to the next token of a preempted request")
+    table([{**case, "ratio": case["recompute"] / case["swap"]} for case in result["resume"]])
 
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N")
-    parser.add_argument("--requests", nargs="+", type=int, default=REQUESTS, metavar="N")
-    parser.add_argument("--contexts", nargs="*", type=int, default=CONTEXTS, metavar="N")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=RESULTS / "tiers.json", metavar="FILE")
-    parser.add_argument(
-        "--show", type=Path, metavar="FILE", help="print and draw an earlier result"
-    )
+    parser = arguments(__doc__, "tiers")
+    add = parser.add_argument
+    add("--tokens", nargs="+", type=int, default=(4000, 8000, 16000), metavar="N")
+    add("--requests", nargs="+", type=int, default=(1, 2, 4), metavar="N")
+    add("--contexts", nargs="*", type=int, default=CONTEXTS, metavar="N")
+    add("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.show:
-        result = json.loads(args.show.read_text())
-        print_tables(result)
-        plot.draw("tiers", args.show)
-        return
+        return print_tables(json.loads(args.json.read_text()))
     bench = Bench()
     bench.hit("computed", 512, 1)  # Warms up.
-    gb_per_s = [bench.bandwidths(8192) for _ in range(args.rounds)]
-    gb_per_s = [statistics.median(values) for values in zip(*gb_per_s, strict=True)]
-    result = {"rounds": args.rounds, "gb_per_s": gb_per_s, "first_token": [], "resume": []}
-    for context in args.contexts:
-        seconds = {"swap": [], "recompute": []}
-        for _ in range(args.rounds):
-            for way, values in seconds.items():
-                values.append(bench.resume(way, context))
-        medians = {way: statistics.median(values) for way, values in seconds.items()}
-        result["resume"].append({"context": context, **medians})
+    result = {"rounds": args.rounds, "first_token": [], "resume": []}
+    for n in args.contexts:
+        seconds = in_turn(["swap", "recompute"], args.rounds, lambda way, n=n: bench.resume(way, n))
+        result["resume"].append({"context": n, **seconds})
         save(args.json, result)
-    for n_tokens in args.tokens:
-        for n_requests in args.requests:
-            seconds = {way: [] for way in WAYS}
-            for _ in range(max(1, args.rounds * 4000 // n_tokens)):
-                for way, values in seconds.items():
-                    values.append(bench.hit(way, n_tokens, n_requests))
-            medians = {way: statistics.median(values) for way, values in seconds.items()}
-            case = {"tokens": n_tokens, "requests": n_requests, "seconds": medians}
-            result["first_token"].append(case)
-            save(args.json, result)
-            print(f"{n_tokens} tokens, {n_requests} requests: {medians}", flush=True)
+    for n, requests in product(args.tokens, args.requests):
+        seconds = in_turn(
+            ["computed", "HBM", "DRAM"],
+            max(1, args.rounds * 4000 // n),
+            lambda way, n=n, requests=requests: bench.hit(way, n, requests),
+        )
+        result["first_token"].append({"tokens": n, "requests": requests, "seconds": seconds})
+        save(args.json, result)
+        print(f"{n} tokens, {requests} requests: {seconds}", flush=True)
     print_tables(result)
-    plot.draw("tiers", args.json)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_stop_tokens(tmp_path, tiny, script):
 
 
 def test_naive_and_paged_on_smollm2(tmp_path, smollm2, monkeypatch):
-    texts, limit = ["What is a KV cache?", "Name three rivers.", "def add(a, b):\n    return"], 8
+    texts, limit = ["What is a KV cache?", "Name three rivers.", "def add(a, b):\n    return"], 5
     _, encoding, chat = PAGED.load(PAGED.parser.parse_args(["1", "--model", str(smollm2)]))
     before, after = (
         encoding.encode(text, allowed_special="all")
