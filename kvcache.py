@@ -1,7 +1,7 @@
 """The memory of a KV cache: blocks, block tables, sink and window, and DRAM below HBM.
 
-A block has room for the keys and values of block_size tokens in all layers. A request has a row and
-owns whole blocks, anywhere in the pool; token t of its text is in slot t % block_size of the block
+A block has room for keys and values of block_size tokens in all layers. A request has a row, which
+owns whole blocks anywhere in the pool; the row's token t is in slot t % block_size of the block
 block_table[row, t // block_size]. (PagedAttention, Kwon et al. 2023, section 4)
 
 All caches, those in caches/ too, answer to these calls, which a step makes in this order:
@@ -64,8 +64,7 @@ class BlockPool:
 class PagedCache:
     """Keys and values of requests that come and go, in blocks that they take when they need them.
 
-    While none comes or goes, the manager's part of a step is a few operations on vectors with one
-    number per row, however long the rows are.
+    While none comes or goes, the manager's part of a step is a few operations on tensors.
     """
 
     def __init__(self, n_blocks, block_size, max_rows, max_seq_len, shape, dtype, device):
@@ -162,7 +161,7 @@ class WindowCache(PagedCache):
         super().__init__(*others)
         size, (max_rows, width) = self.block_size, self.block_table.shape
         self.sink, self.window, self.chunk = blocks_for(sink, size), window, chunk
-        # The window may begin with the last token of a block, and the next token belongs to it.
+        # What is left behind the sink: at most window + size - 2 tokens. Then chunk more come.
         self.row_blocks = min(width, self.sink + blocks_for(size + window - 2 + chunk, size))
         self.n_evicted = torch.zeros(max_rows, dtype=torch.int32)  # Tokens.
         self.sink_keys = [None] * max_rows  # As they were stored: rotated from there, none drifts.
@@ -211,7 +210,7 @@ class TieredCache(PagedCache):
     def __init__(self, n_dram, *others):
         """n_dram: blocks in DRAM. The others are PagedCache's."""
         super().__init__(*others)
-        self.store = DramStore(n_dram, self.kv[:, :, 0])
+        self.store = DramStore(n_dram, self.kv.new_empty(self.kv.shape[:2] + self.kv.shape[3:]))
         self.in_hbm = {}  # key: block, for all known ones. The cache counts as a user of each.
         self.idle = OrderedDict()  # The same for those that no row uses, least recently used first.
         # Of each row: its text, and the keys of its blocks, also those that are yet to compute.
@@ -224,7 +223,8 @@ class TieredCache(PagedCache):
     def alloc(self, n):
         while len(self.pool.free_ids) < n <= self.n_free():
             self.spill()
-        self.store.wait()  # What is free may have been spilled just now: its copy comes first.
+        if n:
+            self.store.wait()  # What is free may have been spilled just now: its copy comes first.
         return self.pool.alloc(n)
 
     def spill(self):
@@ -246,7 +246,7 @@ class TieredCache(PagedCache):
     def can_admit(self, tokens):
         """False, too, while a row computes blocks that begin these tokens: soon they are known."""
         in_use = [key for key in self.lookup(tokens) if key in self.in_hbm and key not in self.idle]
-        rest = tokens[len(in_use) * self.block_size :]
+        rest = tokens[len(in_use) * self.block_size :]  # Idle blocks count as free ones.
         awaited = self.computing.intersection(keys_of(tokens[:-1], self.block_size))
         return not awaited and super().can_admit(rest)
 
@@ -266,7 +266,7 @@ class TieredCache(PagedCache):
         self.pool.share(fetched)
         row = self.add_row([self.in_hbm[key] for key in found] + own, len(found) * self.block_size)
         self.texts[row], self.keys[row] = list(tokens), keys_of(tokens, self.block_size)
-        self.computing.update(self.keys[row][len(found) :])
+        self.computing.update(set(self.keys[row][len(found) :]) - set(self.in_hbm))
         self.counts.update(shared=len(shared), fetched=len(absent))
         return row
 
@@ -278,7 +278,7 @@ class TieredCache(PagedCache):
             keys = self.keys[row] = keys_of(text, self.block_size, self.keys[row])
             for i in range(n // self.block_size, (n + len(tokens)) // self.block_size):
                 self.computing.discard(keys[i])
-                if keys[i] not in self.in_hbm:
+                if keys[i] not in self.in_hbm:  # Or another row has computed the same text.
                     self.store.forget(keys[i])
                     self.in_hbm[keys[i]] = block = int(self.block_table[row, i])
                     self.pool.share([block])

@@ -3,8 +3,8 @@
     python llama3-tiered.py 49 --turns 3 --kv-gb 0.2            chats that outgrow HBM
     python llama3-tiered.py 4 --window 512 --sink 16            texts of any length
 
-Blocks outlive their requests. When HBM is full, those not used for the longest time move to DRAM;
-a later turn of the chat, a prompt that begins like another, and a request that was preempted find
+Without a window, blocks outlive their requests. When HBM is full, those not used for longest move
+to DRAM; a later turn of the chat, a prompt that begins like another, and a preempted request find
 them there, and only what is new is computed. Without CUDA, both tiers are pools in memory.
 
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
@@ -89,7 +89,7 @@ def forward(model, new, first, attend):
 
 def choose(logits, temperature):
     """The next token of each row, as a list."""
-    if not temperature > 0:
+    if temperature < 1e-6:
         return logits.max(dim=1).indices.tolist()  # argmax takes 4 times as long in bfloat16.
     return (logits.double() / temperature).softmax(dim=1).multinomial(1).flatten().tolist()
 
@@ -101,7 +101,7 @@ add = parser.add_argument
 add("--block-size", metavar="TOKENS", type=at_least(1), help="(16; flash-attn: 256)")
 add("--dram-gb", metavar="GB", type=at_least(0, float), default=4.0, help="blocks in DRAM (4)")
 add("--turns", metavar="T", type=at_least(1), default=1, help="human turns of a conversation (1)")
-add("--window", metavar="LEN", type=at_least(1), help="keep only the last LEN tokens")
+add("--window", metavar="LEN", type=at_least(1), help="keep the last LEN tokens, of any text")
 add("--sink", metavar="LEN", type=at_least(0), default=0, help="and the first LEN tokens")
 add("--top-k", metavar="LEN", type=at_least(0), default=0, help="and LEN of the others, from DRAM")
 add("--ignore-stop", action="store_true", help="an answer ends at its limit only")

@@ -1,6 +1,5 @@
 """Everything beside everything: one table of all strategies on the same prompts and budget.
 
-    pip install -r bench/requirements.txt
     python bench/compare.py                             everything: 13 minutes on two cores
     python bench/compare.py --only naive paged --requests 20 --json some.json
     python bench/plot.py compare                        draws the figures of the first
@@ -104,7 +103,7 @@ def most_at_once(name, args):
 @torch.inference_mode()
 def quality(name, args):
     """Perplexity relative to full attention, how often the greedy token is the same, HBM."""
-    bench = Bench(args.model)
+    bench = Bench("--model", str(args.model))
     tokens = bench.manual(2048)
     full, full_cache = bench.logits(tokens, 16)
     here, cache = bench.logits(tokens, 16, **policies(HBM)[LOSSY[name]])
@@ -180,14 +179,15 @@ TABLE = {  # What is printed: which figure, times what, and how
 
 
 def print_table(columns):
+    lossless = [name for name in STRATEGIES if name in columns and "error" not in columns[name]]
     rows = []
     for title, (figure, factor, form) in TABLE.items():
         rows.append({"": title})
         for name, column in columns.items():
-            exact = figure in ("perplexity_of_full", "same_token") and name in STRATEGIES
-            rows[-1][name] = "exact" if exact else "-"
             if figure in column:
                 rows[-1][name] = form.format(column[figure] * factor)
+            elif figure in ("perplexity_of_full", "same_token") and name in lossless:
+                rows[-1][name] = "exact"
     table(rows)
     for name, column in columns.items():
         if "error" in column:

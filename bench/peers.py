@@ -66,7 +66,9 @@ def ours(name, *options, forward=None):
     from support.prompts import Request
 
     script = load_script(name)
-    model, encoding, chat = script.load(script.parser.parse_args(["1", "--device", "cpu"]))
+    # Memory that naive's rows have room in. What is not written to takes none.
+    options = ["--device", "cpu", "--kv-gb", "3", "--max-seq-len", "2048", *options]
+    model, encoding, chat = script.load(script.parser.parse_args(["1", *options]))
     chat["stop"] = set()
     script.load = lambda args: (model, encoding, chat)
     script.forward = forward or script.forward
@@ -76,9 +78,7 @@ def ours(name, *options, forward=None):
             return [Request((i, 0), "", prompt, [], args) for i, prompt in enumerate(prompts)]
 
         script.read_requests = read_requests
-        # Memory that naive's rows have room in. What is not written to takes none.
-        shared = ["--device", "cpu", "--kv-gb", 3, "--max-seq-len", 2048]
-        result = run_script(script, len(prompts), "--max-new-tokens", n_new, *shared, *options)
+        result = run_script(script, len(prompts), "--max-new-tokens", n_new, *options)
         prefill, decode, manager = map(result["time"].get, ("prefill_s", "decode_s", "manager_s"))
         seconds = prefill + decode + manager  # Without the report.
         more = {"seconds": seconds, "prefill_s": prefill, "manager_share": manager / seconds}
@@ -174,15 +174,15 @@ def vllm_cpu(folder):
     return run
 
 
-ENGINES = {  # name: (what makes it, package that it needs, loads)
-    "llama3-paged": (lambda folder: ours("llama3-paged"), "torch", LOADS),
-    "llama3-naive": (lambda folder: ours("llama3-naive"), "torch", LOADS),
-    "llama3-virtual": (lambda folder: ours("llama3-virtual"), "torch", LOADS),
-    "by token": (lambda folder: ours("llama3-virtual", "--layout", "token"), "torch", LOADS),
+ENGINES = {  # name: (what makes it out of the others' formats, package that it needs, loads)
+    "llama3-paged": (lambda _: ours("llama3-paged"), "torch", LOADS),
+    "llama3-naive": (lambda _: ours("llama3-naive"), "torch", LOADS),
+    "llama3-virtual": (lambda _: ours("llama3-virtual"), "torch", LOADS),
+    "virtual by token": (lambda _: ours("llama3-virtual", "--layout", "token"), "torch", LOADS),
     "generate": (generate, "transformers", BATCHES),
     "llama.cpp": (llama_cpp, "xllamacpp", BATCHES),
     "vllm-cpu": (vllm_cpu, "vllm-cpu", LOADS),
-    "products alone": (lambda folder: ours("llama3-paged", forward=products), "torch", LOADS),
+    "products alone": (lambda _: ours("llama3-paged", forward=products), "torch", LOADS),
 }
 
 

@@ -1,5 +1,6 @@
 """Draws the figures from the JSON files in bench/results/, beside them, as SVG and PNG.
 
+    pip install -r bench/requirements.txt
     python bench/plot.py                    all of them
     python bench/plot.py compare quality    some
 
@@ -115,7 +116,8 @@ def compare(plt, result):
 def peers(plt, result):
     """bench/peers.py"""
     engines = {name: row for name, row in result["engines"].items() if "49" in row}
-    looks = {"llama3-paged": "paged", "llama3-virtual": "virtual", "products alone": "generate"}
+    looks = {"llama3-paged": "paged", "llama3-virtual": "virtual", "virtual by token": "virtual",
+             "llama3-naive": "naive", "products alone": "generate"}  # fmt: skip
     titles = {"49": "49 requests", "8": "8 requests", "1": "1 request", "as they stand": "49, long"}
     figure, axes = plt.subplots(1, len(titles), figsize=(13, 3.2), sharey=True, layout="tight")
     for axis, (load, title) in zip(axes, titles.items(), strict=True):

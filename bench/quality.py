@@ -33,7 +33,6 @@ from common import arguments, in_turn, load_script, save, table
 from caches.retrieval import RetrievalCache
 from kvcache import PagedCache, blocks_for
 from support import attention
-from support.checkpoint import SMOLLM2
 from support.report import Stats
 
 SHARES, BUCKET, CONTEXT = (2, 4, 8, 16), 1024, 8192  # CONTEXT: SmolLM2's.
@@ -54,10 +53,10 @@ def policies(hbm):
 class Bench:
     """The model, and one text at a time that goes through it under a policy."""
 
-    def __init__(self, model=SMOLLM2):
+    def __init__(self, *options):
         attention.flash_attn_kernel = None  # It does not take blocks of 16 tokens and fewer.
         self.script = load_script("llama3-tiered")
-        self.args = self.script.parser.parse_args(["1", "--model", str(model)])
+        self.args = self.script.parser.parse_args(["1", *options])
         self.model, self.encoding, self.chat = self.script.load(self.args)
         with redirect_stdout(None):
             self.stats = Stats(self.args, self.model[0])

@@ -17,6 +17,7 @@ in turn; of fewer rounds for prompts of more than 4,000 tokens.
 import json
 import statistics
 import time
+from functools import partial
 from itertools import product
 
 import torch
@@ -37,9 +38,9 @@ CONTEXTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 class Bench:
     """The model, and a cache for each measurement."""
 
-    def __init__(self):
+    def __init__(self, *options):
         self.script = load_script("llama3-tiered")
-        options = ["1", "--max-new-tokens", "1", "--max-seq-len", "1000000"]
+        options = ["1", "--max-new-tokens", "1", "--max-seq-len", "1000000", *options]
         self.args = self.script.parser.parse_args(options)
         self.model, _, _ = self.script.load(self.args)
         self.size = self.script.block_size_for(self.args, 16)
@@ -56,7 +57,8 @@ class Bench:
 
     def prompt(self, n_tokens):
         """Random tokens, other ones each time."""
-        return torch.randint(1000, 40000, (n_tokens,), generator=self.random).tolist()
+        n = len(self.model[1]["tok_embeddings"])
+        return torch.randint(n, (n_tokens,), generator=self.random).tolist()
 
     def store(self, cache, tokens):
         """Let HBM hold these tokens."""
@@ -136,15 +138,14 @@ def main():
     bench.hit("computed", 512, 1)  # Warms up.
     result = {"rounds": args.rounds, "first_token": [], "resume": []}
     for n in args.contexts:
-        seconds = in_turn(["swap", "recompute"], args.rounds, lambda way, n=n: bench.resume(way, n))
+        measure = partial(bench.resume, n_tokens=n)
+        seconds = in_turn(["swap", "recompute"], args.rounds, measure)
         result["resume"].append({"context": n, **seconds})
         save(args.json, result)
     for n, requests in product(args.tokens, args.requests):
-        seconds = in_turn(
-            ["computed", "HBM", "DRAM"],
-            max(1, args.rounds * 4000 // n),
-            lambda way, n=n, requests=requests: bench.hit(way, n, requests),
-        )
+        ways, rounds = ["computed", "HBM", "DRAM"], args.rounds * 4000 // max(n, 4000)
+        measure = partial(bench.hit, n_tokens=n, n_requests=requests)
+        seconds = in_turn(ways, max(1, rounds), measure)
         result["first_token"].append({"tokens": n, "requests": requests, "seconds": seconds})
         save(args.json, result)
         print(f"{n} tokens, {requests} requests: {seconds}", flush=True)

@@ -77,9 +77,10 @@ class RetrievalCache(WindowCache):
         # The most blocks that leave a row, and that come back to it at a time.
         self.n_far = max(0, (width * size + 1 - window) // size - self.sink)
         self.top_k = min(self.n_far, blocks_for(top_k, size))
-        # The bounds of a block are as long as the key and the value of a token.
+        # The bounds of a block are kept as a token's key (the largest) and value (the smallest).
         self.n_beside = self.top_k + blocks_for(self.n_far, size)
-        self.dram = torch.empty(n_dram, *self.kv[:, :, 0].shape, dtype=self.kv.dtype)
+        block = self.kv.shape[:2] + self.kv.shape[3:]
+        self.dram = torch.empty(n_dram, *block, dtype=self.kv.dtype)
         self.dram_pool, self.away = BlockPool(n_dram), {}
         self.counts = Counter(shared=0, fetched=0, spilled=0, dropped=0)  # Blocks.
 

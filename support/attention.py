@@ -96,7 +96,7 @@ def by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
 
 
 def read_prompts(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
-    """The same for several new tokens a row, causal, by PyTorch's flash kernel (on a CPU)."""
+    """The same for several new tokens a row, causal, by PyTorch's flash kernel."""
     T, out = q.shape[1], torch.empty_like(q)
     for row, stored in enumerate(cache_seqlens.tolist()):
         keys, values = k[row], v[row]

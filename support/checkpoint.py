@@ -78,7 +78,8 @@ def load(args):
         encoding = tiktoken.Encoding("", mergeable_ranks=ranks, **names)
         chat["stop"] = {chat["special_tokens"][name] for name in chat["stop"]}
     context = 131072 if params.get("use_scaled_rope") else 8192
-    if args.max_seq_len > context and not getattr(args, "window", None):
+    endless = getattr(args, "window", None) and not args.top_k  # Positions do not grow then.
+    if args.max_seq_len > context and not endless:
         print(f"This model was trained on texts of up to {context} tokens: expect little sense "
               "from --max-seq-len beyond.", file=sys.stderr)  # fmt: skip
     return (params, w), encoding, chat

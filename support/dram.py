@@ -33,11 +33,11 @@ class DramStore:
     """
 
     def __init__(self, n_blocks, block):
-        # Takes no room until it is written to.
+        # On a CPU this takes no room until it is written to.
         self.blocks = torch.empty(n_blocks, *block.shape, dtype=block.dtype)
         self.free_ids, self.ids = list(range(n_blocks)), OrderedDict()  # key: id
         self.stream = None
-        if block.is_cuda:  # pin_memory=True would round the size up to a power of two.
+        if block.is_cuda and n_blocks:  # pin_memory=True would round the size up to a power of two.
             register = torch.cuda.cudart().cudaHostRegister
             torch.cuda.check_error(register(self.blocks.data_ptr(), self.blocks.nbytes, 0))
             self.stream = torch.cuda.Stream()
@@ -61,7 +61,8 @@ class DramStore:
         return int(full)
 
     def take(self, keys):
-        """Forget these keys and return the ids of their blocks, which stay until load()."""
+        """Forget these keys and return the ids of their blocks, which nothing overwrites until
+        load()."""
         return [self.ids.pop(key) for key in keys]
 
     def forget(self, key):

@@ -102,13 +102,14 @@ def read_requests(args, encoding, chat, n_turns=1):
     with or_exit(f"{args.prompts} is not a JSON file in ShareGPT's schema"):
         said = conversations(args.prompts)
     requests = []
-    for n in range(args.n):
-        text, *others = said[n % len(said)][:n_turns]
-        # encode_ordinary: markup that a user typed stays text.
-        parts = [[*later, *encoding.encode_ordinary(other), *after] for other in others]
-        prompt = [*first, *encoding.encode_ordinary(text), *after]
-        following = list(zip(others, parts, strict=True))
-        requests.append(Request((n, 0), text, prompt, following, args))
+    with or_exit(f"{args.prompts} has a text that cannot be made into tokens"):
+        for n in range(args.n):
+            text, *others = said[n % len(said)][:n_turns]
+            # encode_ordinary: markup that a user typed stays text.
+            parts = [[*later, *encoding.encode_ordinary(other), *after] for other in others]
+            prompt = [*first, *encoding.encode_ordinary(text), *after]
+            following = list(zip(others, parts, strict=True))
+            requests.append(Request((n, 0), text, prompt, following, args))
     if (longest := max(len(request.prompt) for request in requests)) >= args.max_seq_len:
         sys.exit(f"--max-seq-len {args.max_seq_len} is too short for a prompt of {longest} tokens.")
     return requests

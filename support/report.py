@@ -145,11 +145,11 @@ class Stats:
             size = cache.block_size * self.bytes_per_token
             result["tiers"] = {"shared": 0, "fetched": 0, "spilled": 0, **cache.counts}
             result["tiers"] |= {"block_bytes": size, "later_first_token_s": later}
-        self.show(result, requests, responses)
-        if args.json:
+        if args.json:  # First: whoever reads what is printed may have seen enough.
             with or_exit(f"--json {args.json} cannot be written"):
                 whole = {**result, "responses": responses}
                 Path(args.json).write_text(json.dumps(whole, indent=1, default=str))
+        self.show(result, requests, responses)
 
     def show(self, result, requests, responses):
         """Print the answers and the statistics."""

@@ -77,6 +77,7 @@ def test_rope_scaling_factor(tmp_path):
         ({"n_heads": 8}, r"layers.0.attention.wk is \(16, 64\), in the weights \(32, 64\)"),
         ({"n_kv_heads": 1}, r"layers.0.attention.wk is \(16, 64\), in the weights \(32, 64\)"),
         ({"n_heads": 15, "n_kv_heads": 8}, "15 heads of size 4.26667 share 8 key heads"),
+        ({"n_kv_heads": 3}, "4 heads of size 16 share 3 key heads"),
         ({"n_heads": 64, "n_kv_heads": 32}, "64 heads of size 1 share 32 key heads"),
         ({"dim": 128}, r"tok_embeddings is \(264, 128\), in the weights \(264, 64\)"),
         ({"vocab_size": 263}, "there are 263 tokens, 264 found"),
@@ -132,6 +133,15 @@ def test_a_tokenizer_with_a_wrong_line(tmp_path, line):
         loaded(folder)
 
 
+def test_a_tokenizer_without_a_letter(tmp_path):
+    """tiktoken notices when the letter comes, and panics."""
+    folder = make_checkpoint(tmp_path / "model")
+    lines = (folder / "tokenizer.model").read_bytes()
+    (folder / "tokenizer.model").write_bytes(lines.replace(b"QQ== 65\n", b"QUE= 65\n"))
+    with pytest.raises(SystemExit, match="has a text that cannot be made into tokens"):
+        run(PAGED, folder, tmp_path, ["an A"])
+
+
 def test_a_tokenizer_of_other_weights(tmp_path):
     more = {**CHAT["special_tokens"], "<|8|>": 264}
     folder = make_checkpoint(tmp_path / "model", chat={**CHAT, "special_tokens": more})
@@ -144,12 +154,11 @@ def test_a_tokenizer_of_other_weights(tmp_path):
     [(False, 8192, 0), (False, 8193, 1), (True, 131072, 0), (True, 131073, 1)],
 )
 def test_texts_longer_than_the_model_was_trained_on(tmp_path, capsys, scaled, longest, said):
-    """One line on stderr, once, and none with a window, where texts may have any length."""
+    """One line on stderr, once, and none with a window, where positions do not grow."""
     folder = make_checkpoint(tmp_path / "model", scaled=scaled)
     options = ["--max-seq-len", longest, "--max-new-tokens", 2]
-    run(PAGED, folder, tmp_path, ["a", "b"], *options)
-    err = capsys.readouterr().err
-    assert err.count("\n") == err.count(f"up to {longest - 1} tokens") == said
-    for window in (["--window", 16], ["--window", 16, "--top-k", 16]):
-        run(TIERED, folder, tmp_path, ["a", "b"], *options, *window)
-        assert capsys.readouterr().err == ""
+    window, top_k = ["--window", 16], ["--window", 16, "--top-k", 16]
+    for script, others, n in ((PAGED, [], said), (TIERED, window, 0), (TIERED, top_k, said)):
+        run(script, folder, tmp_path, ["a", "b"], *options, *others)
+        err = capsys.readouterr().err
+        assert err.count("\n") == err.count(f"up to {longest - 1} tokens") == n

@@ -65,6 +65,17 @@ def test_statistics_by_hand(tmp_path, capsys, monkeypatch):
     assert out.endswith("Fragmented Memory: 0.00 GB (8.00%)\n")
 
 
+def test_json_is_complete_where_nobody_reads_what_is_printed(tmp_path, tiny, monkeypatch):
+    def show(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Stats, "show", show)
+    with pytest.raises(BrokenPipeError):
+        run(PAGED, tiny, tmp_path, ["a"], "--max-new-tokens", 3)
+    (response,) = json.loads((tmp_path / "out.json").read_text())["responses"]
+    assert len(response["tokens"]) == 3
+
+
 def test_what_is_sampled(tmp_path, tiny, monkeypatch):
     """Each step, after the model and before anything is freed. The last token gets no slot."""
     texts = [text_of(n, seed=n) for n in (14, 3, 9)]
@@ -172,7 +183,8 @@ def test_clocks_add_up():
 def test_temperature():
     torch.manual_seed(0)
     logits = torch.tensor([[0.0, 2.0, 1.0]])
-    assert PAGED.choose(logits, 0) == PAGED.choose(logits, 1e-45) == [1]
+    assert PAGED.choose(logits, 0) == [1]
+    assert PAGED.choose(logits, 1e-45) == PAGED.choose(logits, 5e-324) == [1]
     draws = Counter(PAGED.choose(logits.expand(20000, 3), 2.0))
     for token, share in enumerate((logits[0] / 2).softmax(0).tolist()):
         assert draws[token] / 20000 == pytest.approx(share, abs=0.015)

