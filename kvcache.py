@@ -133,7 +133,7 @@ class PagedCache:
 
     def advance(self, new):
         n_new = torch.tensor([len(tokens) for tokens in new.values()], dtype=torch.int32)
-        self.seq_len[list(new)] += n_new
+        self.seq_len[torch.tensor(list(new))] += n_new
 
     def usage(self):
         """A block that rows share counts once. It is full."""
