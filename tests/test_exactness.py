@@ -61,13 +61,13 @@ def test_naive_and_paged_on_smollm2(tmp_path, smollm2, monkeypatch):
     expected = [plain_generate(smollm2, prompt, limit, chat["stop"]) for prompt in prompts]
     options = ["--max-new-tokens", limit, "--kv-gb", 3]
     assert answers(run(NAIVE, smollm2, tmp_path, texts, *options)) == expected
-    for block_size in (3, 256):
+    for block_size in (3, 16):
         result = run(PAGED, smollm2, tmp_path, texts, *options, "--block-size", block_size)
         assert answers(result) == expected
     admit_greedily(monkeypatch)
     options = ["--max-new-tokens", limit, "--block-size", 3, "--kv-gb", 0.004]
     result = run(PAGED, smollm2, tmp_path, texts * 4, *options)
-    assert answers(result) == expected * 4 and result["preemptions"] >= 3
+    assert answers(result) == expected * 4 and result["preemptions"] >= 2
 
 
 def test_rope_scaling_factors():
