@@ -151,7 +151,7 @@ def generate(model, cache, requests, chat, args, stats):
                 if request.ended(chat["stop"]):
                     cache.release(row)
                     del running[row]
-                    if request.later and (turn := request.following(chat["stop"], args)):
+                    if turn := request.following(chat["stop"], args):
                         requests.append(turn)
                         waiting.append(turn)
 

@@ -37,11 +37,14 @@ class Request:
 
     def following(self, stop, args):
         """The conversation's next turn, or None after the last or where it is too long."""
+        if not self.later:
+            return None
         answered = self.tokens[:-1] if self.tokens[-1] in stop else self.tokens
-        for text, tokens in self.later[:1]:
-            if len(answered) + len(tokens) < args.max_seq_len:
-                place = (self.place[0], self.place[1] + 1)
-                return Request(place, text, answered + tokens, self.later[1:], args)
+        text, tokens = self.later[0]
+        if len(answered) + len(tokens) >= args.max_seq_len:
+            return None
+        place = (self.place[0], self.place[1] + 1)
+        return Request(place, text, answered + tokens, self.later[1:], args)
 
 
 def humans(row):
