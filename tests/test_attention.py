@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import attention, cpu_kernels
+from support import attention, numba_help
 from support.attention import flash_attn_with_kvcache
 from support.checkpoint import linear, pack
 
@@ -130,10 +130,10 @@ def test_the_kernel_agrees_with_the_definition(dtype, D, G):
 def test_powers_of_two():
     """Within 3e-7 of them, from 1 down to the smallest that attention can notice."""
     x = torch.linspace(-125.9, 0, 10_001).numpy()
-    got = torch.tensor([cpu_kernels.power_of_2(number) for number in x], dtype=torch.float64)
+    got = torch.tensor([numba_help.power_of_2(number) for number in x], dtype=torch.float64)
     expected = 2.0 ** torch.from_numpy(x).double()
     torch.testing.assert_close(got, expected, rtol=3e-7, atol=0)
-    assert cpu_kernels.power_of_2(torch.tensor(-1e30).numpy()[()]) < 1.2e-38
+    assert numba_help.power_of_2(torch.tensor(-1e30).numpy()[()]) < 1.2e-38
 
 
 def test_new_tokens_are_stored_where_the_table_says_now():
@@ -263,7 +263,7 @@ def test_the_second_run_compiles_nothing(tmp_path):
     shutil.copytree(REPO / "support", tmp_path / "support", ignore=lambda *_: ["__pycache__"])
     both = [start(tmp_path, dtype) for dtype in ("bfloat16", "float32")]
     assert [process.communicate() for process in both] == [("0 1\n", "")] * 2
-    indexes = list((tmp_path / "support" / "__pycache__").glob("*decode*.nbi"))
+    indexes = list((tmp_path / "support" / "__pycache__").glob("*loop*.nbi"))
     assert len(indexes) == 2  # One for each: an index that two processes write mixes them up.
     assert start(tmp_path, "bfloat16", "float32").communicate() == ("1 0\n1 0\n", "")
 
