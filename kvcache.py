@@ -62,10 +62,7 @@ class BlockPool:
 
 
 class PagedCache:
-    """Keys and values of requests that come and go, in blocks that they take when they need them.
-
-    While none comes or goes, the manager's part of a step is a few operations on tensors.
-    """
+    """Keys and values of requests that come and go, in blocks, taken when they are needed."""
 
     def __init__(self, n_blocks, block_size, max_rows, max_seq_len, shape, dtype, device):
         """Take the memory of n_blocks * block_size tokens. shape: (layers, K and V heads, D)."""
@@ -104,7 +101,7 @@ class PagedCache:
             self.n_owned[rows] += 1
 
     def can_admit(self, tokens):
-        # One for each row beside: or the first to grow might at once preempt who is admitted now.
+        # And one for each running row, or the first to grow might at once preempt who comes now.
         need = blocks_for(len(tokens), self.block_size) + int((self.n_owned > 0).sum())
         return need <= self.n_free()
 
@@ -124,6 +121,7 @@ class PagedCache:
 
     def tables(self, rows):
         """seq_len (B,) and block_table (B, blocks of the longest row) of a list of rows."""
+        rows = torch.tensor(rows)
         width = int(self.n_owned[rows].max())
         return self.seq_len[rows].to(self.block_table.device), self.block_table[rows, :width]
 
@@ -136,7 +134,7 @@ class PagedCache:
         self.seq_len[torch.tensor(list(new))] += n_new
 
     def usage(self):
-        """A block that rows share counts once. It is full."""
+        """A block that rows share counts once. It is full: what is not used is in rows' own."""
         reserved = (len(self.pool.ref_count) - self.n_free()) * self.block_size
         return reserved, reserved - int((self.n_owned * self.block_size - self.seq_len).sum())
 
@@ -149,8 +147,8 @@ class PagedCache:
 class WindowCache(PagedCache):
     """A PagedCache whose rows forget the middle: StreamingLLM (Xiao et al. 2023, section 3.2).
 
-    After each step a row evicts the blocks behind its first `sink` blocks all of whose tokens lie
-    `window` or more before the next one. What is kept has consecutive positions (docs/window.svg):
+    After each step a row evicts, behind its first `sink` blocks, each one that has no token less
+    than `window` before the next one. What is kept has consecutive positions (docs/window.svg):
     in the window nothing changes for that, because a score depends on distance alone; the sink's
     keys walk, rotated on by as many positions as have left.
     """
@@ -202,9 +200,10 @@ class WindowCache(PagedCache):
 class TieredCache(PagedCache):
     """A PagedCache whose full blocks are known by a key and outlive their requests.
 
-    A known block that no row uses is idle: it stays until its room is needed. Then the one not used
-    for the longest time is spilled to DRAM, or dropped for good from there. A new row that begins
-    with known blocks shares those in HBM and fetches those in DRAM. (docs/tiers.svg)
+    A known block that no row uses is idle: it stays until its room is needed, or soon will be. Then
+    the one not used for the longest time is spilled to DRAM, or dropped for good from there. A new
+    row that begins with known blocks shares those in HBM and fetches those in DRAM, which leave it:
+    a key is in one tier at a time. (docs/tiers.svg)
     """
 
     def __init__(self, n_dram, *others):
@@ -246,7 +245,7 @@ class TieredCache(PagedCache):
     def can_admit(self, tokens):
         """False, too, while a row computes blocks that begin these tokens: soon they are known."""
         in_use = [key for key in self.lookup(tokens) if key in self.in_hbm and key not in self.idle]
-        rest = tokens[len(in_use) * self.block_size :]  # Idle blocks count as free ones.
+        rest = tokens[len(in_use) * self.block_size :]  # As many; idle blocks count as free ones.
         awaited = self.computing.intersection(keys_of(tokens[:-1], self.block_size))
         return not awaited and super().can_admit(rest)
 
@@ -266,8 +265,9 @@ class TieredCache(PagedCache):
         self.pool.share(fetched)
         row = self.add_row([self.in_hbm[key] for key in found] + own, len(found) * self.block_size)
         self.texts[row], self.keys[row] = list(tokens), keys_of(tokens, self.block_size)
+        # (Behind a block that was dropped there may be known ones.)
         self.computing.update(set(self.keys[row][len(found) :]) - set(self.in_hbm))
-        self.counts.update(shared=len(shared), fetched=len(absent))
+        self.counts.update(shared=len(shared), fetched=len(absent))  # Adds these.
         return row
 
     def advance(self, new):

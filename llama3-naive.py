@@ -111,15 +111,16 @@ def generate(model, cache, requests, chat, args, stats):
         )  # fmt: skip
 
     while running:
-        # A request that has ended keeps its row, which computes its last token over and over.
+        # A request that has ended keeps its row, which computes its last token over and over, as
+        # its seq_len stands still.
         first = seq_len.tolist()
         new = [request.tokens[n:] for request, n in zip(requests, first, strict=True)]
         with stats.clock("decode" if stats.samples else "prefill"):
             chosen = choose(forward(model, new, first, attend), args.temperature)
         for row in running:
             seq_len[row] += len(new[row])
+        # The batch is static: who has ended still reserves a row, but uses nothing. Nobody waits.
         used = sum(seq_len[list(running)].tolist())
-        # The batch is static, so whoever has ended still counts as running.
         stats.sample(len(requests), 0, len(requests) * args.max_seq_len, used)
         if args.trace:
             stats.trace(trace.rows(stats.naive_fits, args.max_seq_len, seq_len, running))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from caches.retrieval import RetrievalCache
-from kvcache import TieredCache, WindowCache, blocks_for
+from kvcache import TieredCache, WindowCache
 from support import trace
 from support.arguments import at_least, block_size_for, parse, run, shared_arguments
 from support.attention import flash_attn_with_kvcache
@@ -157,14 +157,14 @@ def generate(model, cache, requests, chat, args, stats):
 
 
 def make_cache(args, params, stats, longest):
-    """The cache that the arguments ask for, for texts of up to `longest` tokens."""
+    """The cache that the arguments ask for, for rows of up to `longest` tokens."""
     size = block_size_for(args, 16)  # Small: what is shared, fetched and dropped is whole blocks.
-    block_bytes = size * stats.bytes_per_token
-    room, n_dram = stats.budget // block_bytes, int(args.dram_gb * 1e9) // block_bytes
-    paged = (room, size, args.n, longest, stats.shape, stats.dtype, args.device)
+    n_dram = int(args.dram_gb * 1e9) // (size * stats.bytes_per_token)
+    paged = (stats.room // size, size, args.n, longest, stats.shape, stats.dtype, args.device)
     if not args.window:
         return TieredCache(n_dram, *paged)
-    window = (args.sink, args.window, min(512, args.window))
+    chunk = min(512, args.window)  # A prompt's tokens in a step: so many does a row see beside.
+    window = (args.sink, args.window, chunk)
     if args.top_k:
         return RetrievalCache(n_dram, args.top_k, *window, *paged)
 
@@ -182,23 +182,18 @@ def main(argv=None):
     if not args.window and (args.sink or args.top_k):
         parser.error("--sink and --top-k need a --window")
     endless = args.window and not args.top_k  # With top-k, keys keep their positions.
-    args.max_seq_len = 10**9 if endless else args.max_seq_len
+    args.max_seq_len = 10**9 if endless else args.max_seq_len  # No limit on requests.
     model, encoding, chat = load(args)
     requests = read_requests(args, encoding, chat, args.turns)
-    longest = min(args.max_seq_len, max(request.longest(args) for request in requests))
-    args.max_seq_len = longest if endless else args.max_seq_len
+    # The last token is never stored.
+    longest = min(args.max_seq_len, max(request.longest(args) for request in requests)) - 1
+    args.max_seq_len = longest + 1 if endless else args.max_seq_len
     chat["stop"] = set() if args.ignore_stop else chat["stop"]
     stats = Stats(args, model[0])
     with or_exit("So much memory (--kv-gb, --dram-gb) cannot be had"):
         cache = make_cache(args, model[0], stats, longest)
-    room = len(cache.pool.ref_count)
-    need = blocks_for(longest - 1, cache.block_size)  # The last token is never stored.
-    if args.window:
-        need = cache.row_blocks + (cache.n_beside if args.top_k else 0)
-    if need > room:
-        sys.exit(f"A request may need {need} blocks, --kv-gb has room for {room}.")
-    if args.top_k and cache.n_far > (room := len(cache.dram)):
-        sys.exit(f"A request may need {cache.n_far} blocks in DRAM, --dram-gb has room for {room}.")
+    if not cache.can_admit(range(longest)):  # So many tokens, whichever they are.
+        sys.exit(f"--kv-gb or --dram-gb has no room for the {longest} tokens of a request.")
     try:
         generate(model, cache, requests, chat, args, stats)
     finally:  # Ctrl-C, too, leaves the answers and statistics so far.

@@ -155,10 +155,9 @@ def main(argv=None):
     rows = (args.n, args.max_seq_len, stats.shape, stats.dtype, args.device)
     with or_exit(f"{args.n} rows of {args.max_seq_len} slots cannot be had"):
         cache = VirtualCache(stats.budget, page_bytes, by_token, *rows)
-    longest = max(request.limit for request in requests)
-    if (need := cache.groups_for(longest - 1)) > cache.n_groups:  # The last token is never stored.
-        size = f"{need * cache.group_bytes / 1e9:.4f} GB"
-        sys.exit(f"A request may need {size} in pages, --kv-gb has {stats.budget / 1e9:.4f} GB.")
+    longest = max(request.limit for request in requests) - 1  # The last token is never stored.
+    if not cache.can_admit(range(longest)):  # So many tokens, whichever they are.
+        sys.exit(f"--kv-gb has too few pages for the {longest} tokens of a request.")
     try:
         generate(model, cache, requests, chat, args, stats)
     finally:  # Ctrl-C, too, leaves the answers and statistics so far.

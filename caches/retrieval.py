@@ -58,7 +58,8 @@ class Away:
         self.in_dram = []  # The id in DRAM of each.
         # Blocks in HBM for those that are back, and for the bounds of all.
         self.slots, self.bounds = ids[:top_k], ids[top_k:]
-        # Of each layer, which has its own in the slots. number: slot; least recently used first.
+        # Which block is in which slot, {number: slot}, differs from layer to layer. The least
+        # recently used first.
         self.held = [OrderedDict() for _ in range(n_layers)]
 
 
@@ -105,7 +106,7 @@ class RetrievalCache(WindowCache):
         for block, number, both in zip(blocks, numbers, bounds, strict=True):
             self.kv[:, :, block, :, number % self.block_size] = both
         super().evict(row, n)
-        self.counts.update(spilled=n, dropped=-n)
+        self.counts.update(spilled=n, dropped=-n)  # Not lost, as WindowCache.evict() counts.
 
     def choose(self, layer, row, q):
         """The numbers of the blocks that q (T, H, D) wants back. Their keys are read in DRAM."""
@@ -130,7 +131,7 @@ class RetrievalCache(WindowCache):
         for number in numbers:
             if number in held:
                 held.move_to_end(number)
-        for number in absent:  # Nothing wanted now is at the front: there are slots for all of it.
+        for number in absent:  # What was there and is wanted has moved to the end, out of reach.
             full = len(held) == len(away.slots)
             held[number] = held.popitem(last=False)[1] if full else away.slots[len(held)]
         if absent:
@@ -144,7 +145,8 @@ class RetrievalCache(WindowCache):
     def retrieve(self, layer, rows, q, seq_len, block_table):
         """seq_len (B,) and block_table (B, width) of these rows (a list) with what q wants back.
 
-        q: (B, T, H, D). The blocks stand between the sink and the window.
+        q: (B, T, H, D). The blocks stand between the sink and the window, in any order, since their
+        keys have their positions.
         """
         tables, lengths = [], []
         for i, (row, ids) in enumerate(zip(rows, block_table.tolist(), strict=True)):

@@ -49,7 +49,7 @@ class VirtualCache:
         self.seq_len = torch.zeros(max_rows, dtype=torch.int32)  # Tokens stored.
 
     def groups_for(self, n_tokens):
-        """How many groups of pages hold n_tokens."""
+        """How many groups of pages hold n_tokens. In pieces, both sizes are 2 L times a piece's."""
         return blocks_for(n_tokens * self.token_bytes, self.group_bytes)
 
     def n_free(self):
@@ -57,7 +57,7 @@ class VirtualCache:
         return self.n_groups - sum(self.n_needed)
 
     def growth(self):
-        """{row: groups that it needs with one more token} of the rows for which that is more."""
+        """{row: groups that it needs with one more token} of the rows that have fewer of them."""
         ends = {row: self.groups_for(n + 1) for row, n in enumerate(self.seq_len.tolist())}
         return {row: end for row, end in ends.items() if end > self.n_needed[row] > 0}
 
@@ -78,7 +78,7 @@ class VirtualCache:
             self.n_mapped[row] = n
 
     def reclaim(self, n):
-        """Unmap n groups that no request needs, of idle rows before others."""
+        """Unmap n groups that no request needs, of idle rows before those with some to spare."""
         for row in (*self.idle, *range(len(self.n_needed))):
             if (some := min(n, self.n_mapped[row] - self.n_needed[row])) > 0:
                 self.n_mapped[row] -= some
@@ -109,7 +109,7 @@ class VirtualCache:
     def tables(self, rows):
         """seq_len (B,) and the numbers (B,) of a list of rows: there is no table."""
         numbers = torch.tensor(rows, dtype=torch.int32)
-        return self.seq_len[rows].to(self.kv.device), numbers.to(self.kv.device)
+        return self.seq_len[numbers].to(self.kv.device), numbers.to(self.kv.device)
 
     def layer(self, i):
         """k_cache and v_cache of a layer, (max_rows, max_seq_len, Hkv, D) each."""

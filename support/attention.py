@@ -72,8 +72,8 @@ def slots_of(row, n, cache, block_table):
 def by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal):
     """Store the new keys and values, then take one softmax for each row, query and head.
 
-    Arguments and result are those of flash_attn_with_kvcache(), a contiguous row a block. In
-    float32 or better.
+    Arguments and result are those of flash_attn_with_kvcache(); contiguous rows are one block each.
+    In float32 or better.
     """
     (B, T, H, D), Hkv = q.shape, k_cache.shape[2]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -89,6 +89,7 @@ def by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
         values = v_cache[block, slot].to(dtype).repeat_interleave(H // Hkv, 1)
         scores = torch.einsum("thd,nhd->htn", q[row].to(dtype), keys) / math.sqrt(D)
         if causal:
+            # Query t is token n - T + t, and sees none behind itself.
             later = torch.ones(T, n, dtype=torch.bool, device=q.device).triu(n - T + 1)
             scores.masked_fill_(later, -math.inf)
         out[row] = torch.einsum("htn,nhd->thd", scores.softmax(2), values)

@@ -26,7 +26,8 @@ def keys_of(tokens, block_size, keys=()):
 
 
 class DramStore:
-    """Room for n_blocks like `block`, a tensor. When it is full, what was dumped first is dropped.
+    """Room for n_blocks like `block`, a tensor. When it is full, what was dumped first is dropped:
+    the least recently used, since what is used leaves.
 
     On CUDA, copies follow each other in a stream of their own, beside the computation; elsewhere
     they are made at once.

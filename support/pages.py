@@ -28,7 +28,7 @@ class HostPages:
 
     def map(self, places):
         """Put memory behind these pages, which have none."""
-        self.bytes.view(-1, self.page_bytes)[places, :: mmap.PAGESIZE] = 0
+        self.bytes.view(-1, self.page_bytes)[places, :: mmap.PAGESIZE] = 0  # A byte in each.
 
     def unmap(self, places):
         """Give the memory behind these pages back; what they held is lost."""

@@ -96,7 +96,7 @@ def conversations(file):
 def read_requests(args, encoding, chat, n_turns=1):
     """The first turns of args.n conversations, of which n_turns at most will be asked.
 
-    Tokens have chat markup, which in a later turn ends the answer before it.
+    Tokens have chat markup; a later turn begins with what ends the answer before it.
     """
     first, later, after = (
         encoding.encode(chat[end] + chat[start], allowed_special="all")

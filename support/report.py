@@ -46,12 +46,14 @@ class Stats:
         self.args, self.shape = args, (params["n_layers"], params["n_kv_heads"], head_dim)
         self.bytes_per_token = size = 2 * math.prod(self.shape) * self.dtype.itemsize
         free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else 0
-        self.budget = int(1e9 * args.kv_gb if args.kv_gb is not None else 0.9 * free or 1.4e9)
-        self.naive_fits = self.budget // (args.max_seq_len * size)
+        usual = 0.9 * free if args.device == "cuda" else 1.4e9
+        self.budget = int(usual if args.kv_gb is None else 1e9 * args.kv_gb)
+        self.room = self.budget // size  # Tokens.
+        self.naive_fits = self.room // args.max_seq_len
         self.samples = []  # (requests running, bytes reserved, bytes used) of each step
         self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0}
         self.preemptions, self.start = 0, None  # When the first step began.
-        fits = f"{self.budget // size:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
+        fits = f"{self.room:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
         print(f"KV cache: {self.budget / 1e9:.2f} GB, {size:,} bytes a token: {fits}.", flush=True)
 
     @contextmanager
@@ -65,7 +67,7 @@ class Stats:
     def sample(self, running, waiting, reserved, used):
         """Note how many requests run and wait in this step, slots reserved and used; show it."""
         size = self.bytes_per_token
-        self.samples.append((running, round(reserved * size), used * size))
+        self.samples.append((running, round(reserved * size), round(used * size)))
         if sys.stderr.isatty():
             done = self.args.n - running - waiting
             line = f"step {len(self.samples)}: {done} done, {running} running, {waiting} waiting"
