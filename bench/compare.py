@@ -5,21 +5,19 @@
     python bench/plot.py compare                        draws the figures of the first
 
 naive       llama3-naive.py, as many requests at a time as there is room for
-virtual     llama3-virtual.py
-paged       llama3-paged.py
-paged-max   the same with as many requests as can run at once
+virtual     llama3-virtual.py, as paged is llama3-paged.py
 tiered      llama3-tiered.py in a seventh of the budget, with DRAM below it
 window      llama3-tiered.py in the whole budget, with a sink of 16 tokens and a window of 240
 retrieval   the same with a window of 64, and 176 tokens from DRAM
+int8 ...    llama3-paged.py with --compress int8, int4, minicache
 
 Each runs in a process of its own; what fails is a column that says so. The JSON file is written
 after each run, and --only measures some columns of it again. Three rows are not from these runs.
 `most at once` is the largest number of requests of which none waits for another's end: found by
 running the script's loop with a model that chooses tokens without computing anything, so that all
 answers are of full length. `perplexity / full` and `same token as full` compare with full attention
-what the model makes of 2,048 tokens of Python's manual, read in chunks of 16. `ms per step` is a
-run's time over its steps, prefill included; `ms per token after it` the median of the requests'
-means; peak memory the process's resident set. (transformers' generate() is in bench/peers.py.)
+what the model makes of 2,048 tokens of Python's manual, read in chunks of 16. `ms per token after
+it` is the median of the requests' means; peak memory the process's resident set.
 """
 
 import json
@@ -34,8 +32,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from common import apart, arguments, facts, load_script, run_script, save, table
-from quality import Bench, policies
+from quality import COMPRESSED, Bench, policies
 
+from caches.compressed import CODECS
 from support.arguments import at_least
 from support.checkpoint import SMOLLM2, or_exit
 from support.prompts import PROMPTS
@@ -45,7 +44,6 @@ STRATEGIES = {  # Script, options
     "naive": ("llama3-naive", []),
     "virtual": ("llama3-virtual", []),
     "paged": ("llama3-paged", []),
-    "paged-max": ("llama3-paged", []),
     "tiered": ("llama3-tiered", []),
     "window": ("llama3-tiered", ["--sink", 16, "--window", HBM - 16]),
     "retrieval": (
@@ -53,7 +51,10 @@ STRATEGIES = {  # Script, options
         ["--sink", 16, "--window", 64, "--top-k", HBM - 16 - 64, "--dram-gb", 8],
     ),
 }
-LOSSY = {"window": "sink + window", "retrieval": "retrieval"}  # bench/quality.py's names.
+for codec in CODECS:
+    STRATEGIES[codec] = ("llama3-paged", ["--compress", codec])
+# Of those that are not exact, the policies of bench/quality.py.
+LOSSY = {**dict(zip(("window", "retrieval"), policies(HBM).values(), strict=True)), **COMPRESSED}
 
 
 # --- Runs, each in a process of its own -----------------------------------------------------------
@@ -106,7 +107,7 @@ def quality(name, args):
     bench = Bench("--model", str(args.model))
     tokens = bench.manual(2048)
     full, full_cache = bench.logits(tokens, 16)
-    here, cache = bench.logits(tokens, 16, **policies(HBM)[LOSSY[name]])
+    here, cache = bench.logits(tokens, 16, **LOSSY[name])
     after = torch.tensor(tokens[1:], device=full.device)
     more_nats = F.cross_entropy(here[:-1], after) - F.cross_entropy(full[:-1], after)
     return {
@@ -127,7 +128,6 @@ def row_of(results):
         each += [wait for wait in clock["per_token_s"] if wait is not None]
         seconds += clock["prefill_s"] + clock["decode_s"] + clock["manager_s"]
         manager += clock["manager_s"]
-    first.sort()
     kvs = [result["kv"] for result in results]
     reserved, used = max((kv["peak_reserved_bytes"], kv["peak_used_bytes"]) for kv in kvs)
     return {
@@ -136,9 +136,7 @@ def row_of(results):
         "fragmented_of_reserved": 1 - used / reserved,
         "tokens_per_s": sum(result["generated_tokens"] for result in results) / seconds,
         "first_token_s": statistics.median(first),
-        "first_token_99_s": first[math.ceil(0.99 * len(first)) - 1],
         "token_ms": 1000 * statistics.median(each),
-        "step_ms": 1000 * seconds / sum(result["time"]["steps"] for result in results),
         "manager_share": manager / seconds,
     }  # fmt: skip
 
@@ -146,7 +144,7 @@ def row_of(results):
 def measure(name, args):
     """A column of the table. Raises RuntimeError where a run fails."""
     most, _ = apart(most_at_once, name, args)
-    n = most if name == "paged-max" else args.requests
+    n = args.requests
     size = max(1, most) if name == "naive" else n
     runs = [
         apart(run_strategy, name, args, first, min(n, first + size)) for first in range(0, n, size)
@@ -168,9 +166,7 @@ TABLE = {  # What is printed: which figure, times what, and how
     "fragmented, of reserved": ("fragmented_of_reserved", 1, "{:.1%}"),
     "tokens/s": ("tokens_per_s", 1, "{:.0f}"),
     "first token, s": ("first_token_s", 1, "{:.2f}"),
-    "99% of them, s": ("first_token_99_s", 1, "{:.2f}"),
     "ms per token after it": ("token_ms", 1, "{:.0f}"),
-    "ms per step": ("step_ms", 1, "{:.0f}"),
     "peak memory, GB": ("peak_memory_bytes", 1e-9, "{:.2f}"),
     "manager's share": ("manager_share", 1, "{:.2%}"),
     "perplexity / full": ("perplexity_of_full", 1, "{:.3f}"),
@@ -179,15 +175,12 @@ TABLE = {  # What is printed: which figure, times what, and how
 
 
 def print_table(columns):
-    lossless = [name for name in STRATEGIES if name in columns and "error" not in columns[name]]
     rows = []
     for title, (figure, factor, form) in TABLE.items():
         rows.append({"": title})
         for name, column in columns.items():
             if figure in column:
                 rows[-1][name] = form.format(column[figure] * factor)
-            elif figure in ("perplexity_of_full", "same_token") and name in lossless:
-                rows[-1][name] = "exact"
     table(rows)
     for name, column in columns.items():
         if "error" in column:

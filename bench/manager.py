@@ -7,10 +7,7 @@ step    microseconds that the block manager takes per decode step, by batch and 
         new tokens, read the statistics. Every row needs a new block once in block_size steps; the
         rows' lengths are spread so that in each step an equal share of them does. The median over
         rounds of the mean over block_size steps, and the ratio to batch 8 at context 100.
-map     microseconds to map and to unmap a page of llama3-virtual.py, 60 at a time, of 4 KiB and of
-        2 MiB
-
-(What reading such rows costs is in bench/peers.py.)
+map     microseconds to map and unmap a page of llama3-virtual.py, of 4 KiB and 2 MiB, 60 at a time
 """
 
 import json

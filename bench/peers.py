@@ -4,22 +4,17 @@
     python bench/peers.py                            everything, 30 minutes on two cores
     python bench/peers.py --only llama3-paged vllm-cpu --rounds 1
 
-Loads, each of token ids that are the same for all engines, and 128 new tokens for each prompt:
-
-    49, 8, 1        the first prompts of sharegpt-filtered.json with at most 400 tokens: longer ones
-                    would cost a padded batch even more
-    as they stand   the first 49 prompts of any length
+Loads: the first 49, 8 and 1 prompts of sharegpt-filtered.json that have at most 400 tokens (longer
+ones would cost a padded batch more), and the first 49 `as they stand`; 128 new tokens for each.
 
 Greedy, whatever the tokens are, in bfloat16, on all cores; no engine may keep a prefix for another
 request. Every engine runs in processes of its own, and one that is missing or fails is a row that
 says so. A process loads the model, warms up with a few tokens on all prompts, and is timed from ids
 in to ids out. Engines take turns in rounds; medians are reported, and written after each round.
 
-Beside llama3-paged.py stand the other scripts without tiers, llama3-virtual.py in both layouts. The
-floor, `products alone`, is llama3-paged.py with nothing but the matrix products for a model. `same`
-is how many of 128 tokens agree with those of the first engine before one differs, on average over
-49 requests: in bfloat16 every engine rounds in its own way, but one with another model agrees on
-none.
+`products alone`, the floor, is llama3-paged.py with nothing but the matrix products for a model.
+`same` is how many of 128 tokens agree with those of the first engine before one differs, on average
+over 49 requests: in bfloat16 each rounds in its own way, but with another model none would agree.
 """
 
 import json
@@ -178,7 +173,6 @@ ENGINES = {  # name: (what makes it out of the others' formats, package that it 
     "llama3-paged": (lambda _: ours("llama3-paged"), "torch", LOADS),
     "llama3-naive": (lambda _: ours("llama3-naive"), "torch", LOADS),
     "llama3-virtual": (lambda _: ours("llama3-virtual"), "torch", LOADS),
-    "virtual by token": (lambda _: ours("llama3-virtual", "--layout", "token"), "torch", LOADS),
     "generate": (generate, "transformers", BATCHES),
     "llama.cpp": (llama_cpp, "xllamacpp", BATCHES),
     "vllm-cpu": (vllm_cpu, "vllm-cpu", LOADS),

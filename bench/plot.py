@@ -1,4 +1,4 @@
-"""Draws the figures from the JSON files in bench/results/, beside them, as SVG and PNG.
+"""Draws the figures from the JSON files in bench/results/, beside them, as SVG.
 
     pip install -r bench/requirements.txt
     python bench/plot.py                    all of them
@@ -23,10 +23,12 @@ STRATEGIES = {  # Color; hatching of its bars; line and marker of its curves
     "naive": ("#c3cad2", "", "-", "s"),
     "virtual": ("#e0a526", "..", "-", "D"),
     "paged": ("#1f5fa8", "", "-", "o"),
-    "paged-max": ("#1f5fa8", "//", "-", "o"),
     "tiered": ("#7a4fa3", "\\\\", "-", "p"),
     "window": ("#3f9b6d", "xx", "--", "^"),
     "retrieval": ("#b8443c", "++", "-.", "P"),
+    "int8": ("#5b8fcf", "//", "-", "<"),
+    "int4": ("#9cc0ea", "//", "-", ">"),
+    "minicache": ("#cf9fc5", "oo", "-", "X"),
     "generate": ("white", "///", ":", "v"),
     "full": ("#222222", "", "-", "s"),
     "other": ("#9aa5b0", "", ":", "v"),
@@ -74,7 +76,7 @@ def memory(axis, rows):
 
 
 def max_batch(axis, rows):
-    most = {name: row["most_at_once"] for name, row in rows.items() if name != "paged-max"}
+    most = {name: row["most_at_once"] for name, row in rows.items()}
     labels = [f"{n} in 1/7 of it" if name == "tiered" else n for name, n in most.items()]
     bars(axis, most, labels, most)
     axis.set(xlabel="requests in the budget, none of which waits for another's end")
@@ -95,7 +97,8 @@ def quality_and_memory(axis, rows):
         place = {"textcoords": "offset points", "xytext": (0, 10), "ha": "center"}
         axis.annotate(label, (size / 1e6, perplexity), **place)
     axis.set(xscale="log", xlabel="MB of HBM for a text of 2,048 tokens")
-    axis.set(ylabel="perplexity, over full attention's", title="Quality against memory")
+    axis.set(ylabel="perplexity, over full attention's", yscale="log")
+    axis.set(title="Quality against memory")
     axis.set_xticks([5, 10, 20, 50, 100, 200], [5, 10, 20, 50, 100, 200])
     axis.minorticks_off()
     axis.margins(x=0.25, y=0.25)
@@ -116,8 +119,7 @@ def compare(plt, result):
 def peers(plt, result):
     """bench/peers.py"""
     engines = {name: row for name, row in result["engines"].items() if "49" in row}
-    looks = {"llama3-paged": "paged", "llama3-virtual": "virtual", "virtual by token": "virtual",
-             "llama3-naive": "naive", "products alone": "generate"}  # fmt: skip
+    looks = {"llama3-paged": "paged", "llama3-virtual": "virtual", "llama3-naive": "naive"}
     titles = {"49": "49 requests", "8": "8 requests", "1": "1 request", "as they stand": "49, long"}
     figure, axes = plt.subplots(1, len(titles), figsize=(13, 3.2), sharey=True, layout="tight")
     for axis, (load, title) in zip(axes, titles.items(), strict=True):
@@ -221,7 +223,6 @@ def draw(name, file):
 
     figure = FIGURES[name](plt, json.loads(file.read_text()))
     figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(file.with_suffix(".png"), dpi=150)
     plt.close(figure)
 
 

@@ -1,4 +1,4 @@
-"""What forgetting costs: sink + window and retrieval against full attention.
+"""What forgetting costs, and compressing: each cache against full attention.
 
     python bench/quality.py                                 all parts, over an hour on two cores
     python bench/quality.py --only speed kept               some of them
@@ -11,9 +11,8 @@ perplexity  of Python's manual (pydoc_data.topics), along the text
 needle      one line with a number, in noise (RULER, niah_single): how often the model repeats it
 
 A policy has its HBM for sink, window and what comes back: the window has a quarter of it where
-blocks come back, the sink 16 tokens. Texts are read in chunks, each under the policy, so that a
-token sees up to a chunk more; HBM has room for that besides. The JSON file is written after each
-case.
+blocks come back, the sink 16 tokens. Texts are read in chunks, so that a token sees up to a chunk
+more; HBM has room for that besides. The JSON file is written after each case.
 """
 
 import json
@@ -30,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from common import arguments, in_turn, load_script, save, table
 
+from caches.codecs import MiniCache
+from caches.compressed import CODECS, CompressedCache
 from caches.retrieval import RetrievalCache
 from kvcache import PagedCache, blocks_for
 from support import attention
@@ -39,6 +40,7 @@ SHARES, BUCKET, CONTEXT = (2, 4, 8, 16), 1024, 8192  # CONTEXT: SmolLM2's.
 NOISE = "The hills are brown. A cart goes by. The bread is warm. Somebody hums. It is late. "
 NEEDLE = "Remember: the code of the {key} is {number}. "
 QUESTION, ANSWER = "Question: what is the code of the {key}?", "The code of the {key} is"
+COMPRESSED = {name: {"compress": name} for name in CODECS}  # Policies that keep all, in less.
 
 
 def policies(hbm):
@@ -48,6 +50,15 @@ def policies(hbm):
         "sink + window": {"sink": 16, "window": hbm - 16},
         "retrieval": {"sink": 16, "window": window, "top_k": hbm - window - 16},
     }
+
+
+class OneForTwo(MiniCache):
+    """Instead of merging two layers, the second one reads the first one's keys and values."""
+
+    def encode(self, kv):
+        kv = kv.clone()
+        kv[:, self.first + 1 :: 2] = kv[:, self.first :: 2]
+        return super().encode(kv)
 
 
 class Bench:
@@ -64,14 +75,15 @@ class Bench:
     def cache(self, longest, **policy):
         """A cache whose row 0 is for a text of `longest` tokens. No policy: full attention."""
         args, width = Namespace(**{**vars(self.args), **policy}), blocks_for(longest, 16)
-        if policy:
+        place = (self.stats.shape, self.stats.dtype, args.device)
+        if codec := policy.get("compress"):
+            cache = CompressedCache(codec, blocks_for(longest, 32), 32, 1, longest, *place)
+        elif policy:
             # For the text, what comes back and the bounds: a window takes what it needs of it.
             self.stats.budget = 3 * width * 16 * self.stats.bytes_per_token
             cache = self.script.make_cache(args, self.model[0], self.stats, longest)
         else:
-            place = (self.stats.shape, self.stats.dtype, args.device)
             cache = PagedCache(width, 16, 1, longest, *place)
-            cache.chunk = 512
         cache.admit([0] * longest)
         return cache
 
@@ -84,6 +96,8 @@ class Bench:
             # For logits after each, a token is a request to the model; to attention, all are one.
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (1, T, heads, D)
             lengths, table = seq_len, block_table
+            if isinstance(cache, CompressedCache):
+                return cache.attend(layer, q, k, v, lengths, table).transpose(0, 1)
             if isinstance(cache, RetrievalCache):
                 lengths, table = cache.retrieve(layer, [0], q, lengths, table)
             out = attention.flash_attn_with_kvcache(
@@ -98,7 +112,7 @@ class Bench:
 
     def read(self, cache, tokens, chunk=None):
         """Logits after each token, in chunks."""
-        chunk = chunk or cache.chunk
+        chunk = chunk or getattr(cache, "chunk", 512)
         for start in range(0, len(tokens), chunk):
             yield self.step(cache, tokens[start : start + chunk]).float()
 
@@ -114,6 +128,8 @@ class Bench:
         if isinstance(cache, RetrievalCache):  # Bounds are as long as the key and value of a token.
             n_away = len(cache.away[0].in_dram)
             n += min(cache.top_k, n_away) * size + n_away
+        if isinstance(cache, CompressedCache):
+            n += cache.packed.n * size * cache.packed_bytes / cache.block_bytes
         return n * self.stats.bytes_per_token
 
     def manual(self, n):
@@ -158,13 +174,14 @@ def kept(bench, args):
     tokens, half = bench.manual(4096), 2048
     full, _ = bench.logits(tokens)
     full = full[half:].log_softmax(1)
-    for share in args.shares:
-        for name, policy in policies(4096 // share).items():
-            logits, _ = bench.logits(tokens, 16, **policy)
-            here = logits[half:].log_softmax(1)
-            same = (here.argmax(1) == full.argmax(1)).float().mean()
-            kl = (full.exp() * (full - here)).sum(1).mean()
-            yield {"policy": name, "share": share, "same": float(same), "kl": float(kl)}
+    cases = {(name, s): p for s in args.shares for name, p in policies(4096 // s).items()}
+    cases |= {(name, None): policy for name, policy in COMPRESSED.items()}
+    for (name, share), policy in cases.items():
+        logits, _ = bench.logits(tokens, 16, **policy)
+        here = logits[half:].log_softmax(1)
+        same = (here.argmax(1) == full.argmax(1)).float().mean()
+        kl = (full.exp() * (full - here)).sum(1).mean()
+        yield {"policy": name, "share": share, "same": float(same), "kl": float(kl)}
 
 
 # --- Perplexity -----------------------------------------------------------------------------------
@@ -183,12 +200,14 @@ def perplexity(bench, args):
     """The losses of BUCKET tokens each; full attention as far as the model's context goes."""
     tokens = bench.manual(args.tokens)
     yield {"policy": "full", "window": None, "nats": losses(bench, tokens[:CONTEXT])}
+    CODECS["one layer for two"] = OneForTwo
+    for name in CODECS:
+        nats = losses(bench, tokens[:CONTEXT], 32, compress=name)
+        yield {"policy": name, "window": None, "nats": nats}
     for window in (256, 512, 1024):
         for name, policy in {
             "window": {"window": window},
-            "1 sink + window": {"window": window, "sink": 1, "block_size": 1},
             "4 sinks + window": {"window": window, "sink": 4, "block_size": 4},
-            "16 sinks + window": {"window": window, "sink": 16},
             "retrieval": policies(window + 16)["retrieval"],
         }.items():
             yield {"policy": name, "window": window, "nats": losses(bench, tokens, 32, **policy)}
@@ -228,6 +247,7 @@ def needle(bench, args):
     for n in args.lengths:
         prompts = [needle_prompt(bench, n, depth, seed) for seed, depth in enumerate(depths)]
         cases = {("full", 1): {}}
+        cases |= {(name, None): policy for name, policy in COMPRESSED.items()}
         cases |= {(name, s): p for s in args.shares for name, p in policies(n // s).items()}
         for (name, share), policy in cases.items():
             found = [finds(bench, *prompt, policy) for prompt in prompts]
@@ -252,7 +272,7 @@ def print_tables(result):
     table(rows)
     print("\nNeedles found")
     cases = result.get("needle", [])
-    cases = sorted(cases, key=lambda case: (case["tokens"], case["policy"], case["share"]))
+    cases = sorted(cases, key=lambda case: (case["tokens"], case["policy"], case["share"] or 0))
     table([{**case, "found": f"{sum(case['found'])} of {len(case['found'])}"} for case in cases])
 
 
