@@ -58,7 +58,14 @@ def blocks(cache, running):
             tokens = min(size, max(0, n - i * size))
             known = cells.get(block, (None, 0))[0]
             cells[block] = (request.place[0] if known is None else SHARED), tokens
-    return {"HBM": (len(cache.pool.ref_count), size, cells)}
+    found = {"HBM": (cache.kv.shape[2], size, cells)}
+    if hasattr(cache, "packed"):  # A CompressedCache: what is free is one piece, for either.
+        packed = {}
+        for row, request in running.items():
+            ids = cache.packed_table[row, : cache.n_packed[row]].tolist()
+            packed.update(dict.fromkeys(ids, (request.place[0], size)))
+        found["compressed"] = (len(cache.packed.ids), size, packed)
+    return found
 
 
 def pages(cache, running):

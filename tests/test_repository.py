@@ -43,7 +43,7 @@ def test_folders_stay_small():
     beside = lines["caches"] | lines["support"]
     assert {name: n for name, n in beside.items() if n >= 200} == {}
     totals = {folder: sum(lines[folder].values()) for folder in lines}
-    assert totals["caches"] + totals["support"] < 1420, totals
+    assert totals["caches"] + totals["support"] < 1900, totals
     assert totals["bench"] < 1600, totals
 
 
@@ -101,7 +101,7 @@ def test_imports_run_down_only():
     layers = [[*HERE.glob("llama3-*.py")], [*(HERE / "caches").glob("*.py")],
               [HERE / "kvcache.py"], [*(HERE / "support").glob("*.py")]]  # fmt: skip
     own = {path.name.removesuffix(".py") for path in HERE.iterdir()}
-    below = [{"caches", "kvcache", "support"}, {"kvcache", "support"}, {"support"}, {"support"}]
+    below = [{"caches", "kvcache", "support"}] * 2 + [{"support"}] * 2
     for paths, allowed in zip(layers, below, strict=True):
         assert paths
         for path in paths:

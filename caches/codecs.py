@@ -1,0 +1,125 @@
+"""Forms in which a block takes less room. A further one is a class and its name in CODECS:
+
+    __init__(shape, block_size, dtype)   of the model; shape: (L, Hkv, D)
+    parts             {name: shape and dtype of what a block becomes}, as tensors without memory
+    encode(kv)        {name: tensor (n, ...)} of n blocks (n, L, 2, Hkv, block_size, D)
+    restore(parts, ids, layer)           keys and values (2, n, Hkv, block_size, D) of a layer of
+                      the blocks ids (n,), out of {name: tensor (rooms, ...)}
+    attend            None, or attention for decode steps that reads the parts where they lie
+
+Throughout this file
+    L  layers                                    Hkv  key and value heads
+    n  blocks                                    D    size of a head
+"""
+
+import math
+from functools import partial
+
+import torch
+
+try:
+    from support.packed_kernel import attend_packed
+except ImportError:  # Without numba, blocks are restored.
+    attend_packed = None
+
+
+def part(dtype, *shape):
+    """What a block becomes: a tensor of this dtype and shape, without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Integers:
+    """Whole numbers of 8 or 4 bits: keys channel by channel, values token by token.
+
+    A number c stands for zero + c scale; zero is the lowest of the channel in the block, or of the
+    token in the head, and the highest number the highest. Some channels of keys are far larger than
+    the others for all tokens; values have no such channels. (KIVI, Liu et al. 2024, section 3)
+    """
+
+    def __init__(self, bits, shape, block_size, dtype):
+        (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
+        self.parts = {
+            "keys": part(torch.float16, L, 2, Hkv, 1, D),  # Scale and zero.
+            "values": part(torch.float16, L, 2, Hkv, block_size, 1),
+            "codes": part(torch.uint8, L, 2, Hkv, block_size, D * bits // 8),
+        }
+
+    def encode(self, kv):
+        parts, codes = {}, []
+        for name, x, dim in zip(("keys", "values"), kv.float().unbind(2), (3, 4), strict=True):
+            low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+            scale = (high - low) / (2**self.bits - 1)
+            parts[name] = torch.stack([scale.clamp(min=2**-24), low], 2).half()
+            scale, zero = parts[name].float().unbind(2)  # As they are stored.
+            codes.append(((x - zero) / scale).round().clamp(0, 2**self.bits - 1).byte())
+        codes = torch.stack(codes, 2)
+        if self.bits == 4:  # Of a byte, the lower half is from the head's first half.
+            first, second = codes.chunk(2, 5)
+            codes = first + 16 * second
+        return {**parts, "codes": codes}
+
+    def restore(self, parts, ids, layer):
+        codes = parts["codes"][ids, layer]  # (n, 2, Hkv, block_size, D * bits / 8)
+        if self.bits == 4:
+            codes = torch.cat([codes & 15, codes >> 4], 4)
+        restored = []
+        for name, x in zip(("keys", "values"), codes.unbind(1), strict=True):
+            scale, zero = parts[name][ids, layer].float().unbind(1)
+            restored.append(zero + x * scale)
+        return torch.stack(restored).to(self.dtype)
+
+    attend = staticmethod(attend_packed) if attend_packed else None
+
+
+class MiniCache:
+    """Two layers share the directions of their keys and values; each keeps their lengths.
+
+    From the middle of the model on, where neighbouring layers are alike, in pairs. The directions
+    of both are interpolated on the sphere, at T from the first to the second. In each block, pair
+    and head, the GAMMA of the tokens whose directions lie farthest apart are kept as they are.
+    (MiniCache, Liu et al. 2024, sections 3.2 to 3.4; there a threshold says how many.)
+    """
+
+    T, GAMMA = 0.6, 0.05
+    attend = None
+
+    def __init__(self, shape, block_size, dtype):
+        L, Hkv, D = shape
+        pairs, n_kept = (L - L // 2) // 2, math.ceil(self.GAMMA * block_size)
+        self.first, self.n_kept, self.dtype = L - 2 * pairs, n_kept, dtype  # Pairs from there on.
+        self.parts = {
+            "single": part(dtype, self.first, 2, Hkv, block_size, D),
+            "direction": part(dtype, pairs, 2, Hkv, block_size, D),
+            "length": part(dtype, pairs, 2, 2, Hkv, block_size, 1),
+            "kept": part(dtype, pairs, 2, 2, Hkv, n_kept, D),
+            "which": part(torch.int16, pairs, 2, Hkv, n_kept, 1),
+        }
+
+    def encode(self, kv):
+        pairs = kv[:, self.first :].float().unflatten(1, (-1, 2))
+        length = pairs.norm(dim=6, keepdim=True)  # (n, pairs, 2, 2, Hkv, block_size, 1)
+        a, b = (pairs / length.clamp(min=1e-9)).unbind(2)  # (n, pairs, 2, Hkv, block_size, D)
+        cosine = (a * b).sum(5, keepdim=True)
+        angle = cosine.acos().nan_to_num().clamp(1e-3, math.pi - 1e-3)  # Or it would divide by 0.
+        direction = ((1 - self.T) * angle).sin() * a + (self.T * angle).sin() * b
+        which = cosine.topk(self.n_kept, 4, largest=False).indices
+        index = which.unsqueeze(2).expand(-1, -1, 2, -1, -1, -1, pairs.shape[6])
+        return {
+            "single": kv[:, : self.first],
+            "direction": direction / angle.sin(),
+            "length": length,
+            "kept": pairs.gather(5, index),
+            "which": which,
+        }
+
+    def restore(self, parts, ids, layer):
+        if layer < self.first:
+            return parts["single"][ids, layer].transpose(0, 1)
+        pair, second = divmod(layer - self.first, 2)
+        direction, length = parts["direction"][ids, pair], parts["length"][ids, pair, second]
+        x = (direction.float() * length.float()).to(self.dtype)  # (n, 2, Hkv, block_size, D)
+        index = parts["which"][ids, pair].long().expand(-1, -1, -1, -1, x.shape[4])
+        return x.scatter(3, index, parts["kept"][ids, pair, second]).transpose(0, 1)
+
+
+CODECS = {"int8": partial(Integers, 8), "int4": partial(Integers, 4), "minicache": MiniCache}
