@@ -337,6 +337,15 @@ def test_a_run_in_little_memory(tmp_path, deep, monkeypatch, codec):
     assert answers(run(PAGED, deep, tmp_path, texts, *options)) == answers(result)
 
 
+def test_prompts_come_in_as_they_are_read():
+    """Not read yet, they would take the room of three or four that have been."""
+    cache = CompressedCache("int4", 100, 32, 9, 900, SHAPE, torch.bfloat16, "cpu")
+    rows = [cache.admit([0] * 600) for _ in range(2) if cache.can_admit([0] * 600)]
+    assert len(rows) == 2 and not cache.can_admit([0])
+    cache.advance({rows[0]: [0] * 600})
+    assert cache.can_admit([0] * 600)
+
+
 def test_more_requests_run_in_the_same_memory(tmp_path, deep):
     texts, gb = [text_of(200, seed=1)] * 30, 40 * 32 * BYTES_PER_TOKEN / 1e9
     options = ["--max-new-tokens", 30, "--kv-gb", gb]
