@@ -79,8 +79,7 @@ def max_batch(axis, rows):
     most = {name: row["most_at_once"] for name, row in rows.items()}
     labels = [f"{n} in 1/7 of it" if name == "tiered" else n for name, n in most.items()]
     bars(axis, most, labels, most)
-    axis.set(xlabel="requests in the budget, none of which waits for another's end")
-    axis.set(title="Most requests at once")
+    axis.set(xlabel="requests, none of which waits for another's end", title="Most at once")
 
 
 def quality_and_memory(axis, rows):
@@ -94,14 +93,15 @@ def quality_and_memory(axis, rows):
             points[name] = (row["text_bytes"]["here"], row["perplexity_of_full"], name)
     for name, (size, perplexity, label) in points.items():
         line(axis, name, [size / 1e6], [perplexity], markersize=9, markeredgecolor=INK)
-        place = {"textcoords": "offset points", "xytext": (0, 10), "ha": "center"}
+        up = -18 if perplexity == 1 else 10
+        place = {"textcoords": "offset points", "xytext": (0, up), "ha": "center"}
         axis.annotate(label, (size / 1e6, perplexity), **place)
     axis.set(xscale="log", xlabel="MB of HBM for a text of 2,048 tokens")
-    axis.set(ylabel="perplexity, over full attention's", yscale="log")
-    axis.set(title="Quality against memory")
+    axis.set(ylabel="perplexity, over full attention's", yscale="log", ylim=(0.8, 5))
+    axis.set(title="Quality against memory", yticks=(ys := [1, 1.2, 1.5, 2, 3, 4]), yticklabels=ys)
     axis.set_xticks([5, 10, 20, 50, 100, 200], [5, 10, 20, 50, 100, 200])
     axis.minorticks_off()
-    axis.margins(x=0.25, y=0.25)
+    axis.margins(x=0.25)
 
 
 def compare(plt, result):
