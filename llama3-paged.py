@@ -159,7 +159,7 @@ def main(argv=None):
     with or_exit(f"{stats.budget / 1e9:.2f} GB for the KV cache (--kv-gb) cannot be had"):
         cache = CompressedCache(args.compress, *paged) if args.compress else PagedCache(*paged)
     if not cache.can_admit(range(longest)):  # So many tokens, whichever they are.
-        sys.exit(f"--kv-gb has room for {stats.room} tokens, a request may need {longest}.")
+        sys.exit(f"--kv-gb has {stats.room // size * size} slots, a request may need {longest}.")
     try:
         generate(model, cache, requests, chat, args, stats)
     finally:  # Ctrl-C, too, leaves the answers and statistics so far.
