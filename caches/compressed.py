@@ -49,8 +49,8 @@ class CompressedCache(PagedCache):
 
     The first stays as it is, since attention puts most weight on the text's first tokens. So do
     the block that is not full and `residual` full ones before it (KIVI, Liu et al. 2024, section
-    3.3): in full precision are, too, all that a step writes and reads. These blocks lie at the
-    start of the memory, and seq_len, n_owned and block_table are about them; those that are
+    3.3); and what one step writes is compressed only after it. Blocks in full precision lie at the
+    start of the memory, and seq_len, n_owned and block_table are about them alone; those that are
     compressed lie at its end.
     """
 

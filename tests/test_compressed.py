@@ -134,11 +134,10 @@ def test_blocks_that_would_grow_are_refused(tmp_path, deep, codec, size):
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def filled(codec, dtype, lengths, size=16, shape=(2, 2, 64), residual=0):
+def filled(codec, dtype, lengths, size=16):
     """A cache with a row of each length, whose keys and values are random numbers."""
     n_blocks = sum(blocks_for(n + 20, size) for n in lengths)
-    cache = CompressedCache(codec, n_blocks, size, len(lengths), 900, shape, dtype, "cpu")
-    cache.residual = residual
+    cache = CompressedCache(codec, n_blocks, size, len(lengths), 900, (2, 2, 64), dtype, "cpu")
     for n in lengths:
         row = cache.admit([0] * n)
         ids = cache.block_table[row, : cache.n_owned[row]].tolist()
