@@ -11,6 +11,7 @@ Not handled: checkpoints of more than one shard, several devices, top-p sampling
 """
 
 import sys
+from collections import deque
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from support import trace
 from support.arguments import parse, run, shared_arguments
 from support.attention import flash_attn_with_kvcache
 from support.checkpoint import linear, load, or_exit
-from support.prompts import read_requests
+from support.prompts import arrive, read_requests
 from support.report import Stats
 
 # Throughout this program
@@ -97,10 +98,9 @@ parser = shared_arguments(__doc__)
 
 
 def generate(model, cache, requests, chat, args, stats):
-    """Answer all requests."""
+    """Answer all requests, batch after batch: those that are there, as far as there are rows."""
     k_cache, v_cache = cache  # (L, B, max_seq_len, Hkv, D) each
-    seq_len = torch.zeros(len(requests), dtype=torch.int32)  # Tokens stored, new ones excluded.
-    running = set(range(len(requests)))  # Request r has row r.
+    coming, waiting, running = deque(requests), deque(), set()  # Rows.
 
     def attend(layer, some, q, k, v):
         # k and v are stored in slots seq_len, seq_len + 1, ... of their rows. Then each query
@@ -110,23 +110,30 @@ def generate(model, cache, requests, chat, args, stats):
             cache_seqlens=seq_len[some].to(q.device), causal=True,
         )  # fmt: skip
 
-    while running:
+    while coming or waiting or running:
+        with stats.clock("idle"):
+            arrive(coming, waiting, running)
+        if not running:  # The next batch.
+            n_rows = min(len(waiting), k_cache.shape[1])
+            batch, running = [waiting.popleft() for _ in range(n_rows)], set(range(n_rows))
+            seq_len = torch.zeros(n_rows, dtype=torch.int32)  # Tokens stored, new ones excluded.
         # A request that has ended keeps its row, which computes its last token over and over, as
         # its seq_len stands still.
         first = seq_len.tolist()
-        new = [request.tokens[n:] for request, n in zip(requests, first, strict=True)]
-        with stats.clock("decode" if stats.samples else "prefill"):
+        new = [request.tokens[n:] for request, n in zip(batch, first, strict=True)]
+        with stats.clock("decode" if any(first) else "prefill"):
             chosen = choose(forward(model, new, first, attend), args.temperature)
         for row in running:
             seq_len[row] += len(new[row])
-        # The batch is static: who has ended still reserves a row, but uses nothing. Nobody waits.
+        # The batch is static: who has ended still reserves a row, but uses nothing.
         used = sum(seq_len[list(running)].tolist())
-        stats.sample(len(requests), 0, len(requests) * args.max_seq_len, used)
+        stats.sample(n_rows, len(waiting), n_rows * args.max_seq_len, used)
         if args.trace:
-            stats.trace(trace.rows(stats.naive_fits, args.max_seq_len, seq_len, running))
+            cells = trace.rows(stats.naive_fits, args.max_seq_len, batch, seq_len, running)
+            stats.trace(cells, waiting)
         for row in list(running):
-            requests[row].add(chosen[row])
-            if requests[row].ended(chat["stop"]):
+            batch[row].add(chosen[row])
+            if batch[row].ended(chat["stop"]):
                 running.remove(row)
 
 
@@ -136,14 +143,15 @@ def main(argv=None):
     model, encoding, chat = load(args)
     requests = read_requests(args, encoding, chat)
     stats = Stats(args, model[0])
-    need = args.n * args.max_seq_len * stats.bytes_per_token
+    rows = min(args.n, max(1, stats.naive_fits)) if args.rate else args.n
+    need = rows * args.max_seq_len * stats.bytes_per_token
     if need > stats.budget:
         sys.exit(
-            f"{args.n} requests would reserve {need / 1e9:.2f} GB for their keys and values; the "
+            f"{rows} requests would reserve {need / 1e9:.2f} GB for their keys and values; the "
             f"budget is {stats.budget / 1e9:.2f} GB (--kv-gb), where {stats.naive_fits} fit."
         )
     n_layers, n_kv_heads, head_dim = stats.shape
-    shape = (2, n_layers, args.n, args.max_seq_len, n_kv_heads, head_dim)
+    shape = (2, n_layers, rows, args.max_seq_len, n_kv_heads, head_dim)
     with or_exit(f"{need / 1e9:.2f} GB for the KV cache cannot be had"):
         cache = torch.empty(shape, dtype=stats.dtype, device=args.device)
     try:

@@ -21,7 +21,7 @@ from support import trace
 from support.arguments import at_least, block_size_for, parse, run, shared_arguments
 from support.attention import flash_attn_with_kvcache
 from support.checkpoint import linear, load, or_exit
-from support.prompts import next_tokens, read_requests
+from support.prompts import arrive, next_tokens, read_requests
 from support.report import Stats
 
 # Throughout this program
@@ -103,19 +103,19 @@ add("--compress", choices=CODECS, help="keep full blocks in fewer bytes")
 
 def generate(model, cache, requests, chat, args, stats):
     """Answer all requests."""
-    waiting, running = deque(requests), {}  # row: its request, the oldest first.
+    coming, waiting, running = deque(requests), deque(), {}  # row: its request, oldest first.
 
     def attend(layer, some, q, k, v):
         # Token t of a row is in slot t % block_size of block block_table[row, t // block_size]:
         # there k and v are stored, from t = seq_len on, and there attention reads.
-        lengths, table = seq_len[some], block_table[some]
+        places = {"cache_seqlens": seq_len[some], "block_table": block_table[some]}
         if args.compress:  # Of a row's blocks, most are in another form.
-            return cache.attend(layer, q, k, v, lengths, table)
-        return flash_attn_with_kvcache(
-            q, *cache.layer(layer), k, v, cache_seqlens=lengths, block_table=table, causal=True
-        )
+            return cache.attend(layer, q, k, v, **places)
+        return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
-    while waiting or running:
+    while coming or waiting or running:
+        with stats.clock("idle"):
+            arrive(coming, waiting, running)
         with stats.clock("manager"):
             while not cache.can_grow():  # Preempt the youngest.
                 row, request = running.popitem()
@@ -136,7 +136,7 @@ def generate(model, cache, requests, chat, args, stats):
             cache.advance(new)
             stats.sample(len(running), len(waiting), *cache.usage())  # What ends now was there.
             if args.trace:
-                stats.trace(trace.blocks(cache, running))
+                stats.trace(trace.blocks(cache, running), waiting)
             for (row, tokens), token in zip(new.items(), chosen, strict=True):
                 request = running[row]
                 if first[row] + len(tokens) < len(request.tokens):

@@ -22,7 +22,7 @@ from support import trace
 from support.arguments import at_least, parse, run, shared_arguments
 from support.attention import flash_attn_with_kvcache
 from support.checkpoint import linear, load, or_exit
-from support.prompts import next_tokens, read_requests
+from support.prompts import arrive, next_tokens, read_requests
 from support.report import Stats
 
 # Throughout this program
@@ -104,14 +104,16 @@ add("--layout", choices=["layer", "token"], help="pages by layer or token (layer
 
 def generate(model, cache, requests, chat, args, stats):
     """Answer all requests."""
-    waiting, running = deque(requests), {}  # row: its request, the oldest first.
+    coming, waiting, running = deque(requests), deque(), {}  # row: its request, oldest first.
 
     def attend(layer, some, q, k, v):
         # As in llama3-naive.py; cache_batch_idx says which rows they are, as some may be idle.
         places = {"cache_seqlens": seq_len[some], "cache_batch_idx": rows[some]}
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
-    while waiting or running:
+    while coming or waiting or running:
+        with stats.clock("idle"):
+            arrive(coming, waiting, running)
         with stats.clock("manager"):
             while not cache.can_grow():  # Preempt the youngest.
                 row, request = running.popitem()
@@ -132,7 +134,7 @@ def generate(model, cache, requests, chat, args, stats):
             cache.advance(new)
             stats.sample(len(running), len(waiting), *cache.usage())  # What ends now was there.
             if args.trace:
-                stats.trace(trace.pages(cache, running))
+                stats.trace(trace.pages(cache, running), waiting)
             for (row, tokens), token in zip(new.items(), chosen, strict=True):
                 request = running[row]
                 if first[row] + len(tokens) < len(request.tokens):

@@ -95,14 +95,13 @@ class Bench:
         def attend(layer, some, q, k, v):
             # For logits after each, a token is a request to the model; to attention, all are one.
             q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (1, T, heads, D)
-            lengths, table = seq_len, block_table
+            places = {"cache_seqlens": seq_len, "block_table": block_table}
             if isinstance(cache, CompressedCache):
-                return cache.attend(layer, q, k, v, lengths, table).transpose(0, 1)
+                return cache.attend(layer, q, k, v, **places).transpose(0, 1)
             if isinstance(cache, RetrievalCache):
-                lengths, table = cache.retrieve(layer, [0], q, lengths, table)
-            out = attention.flash_attn_with_kvcache(
-                q, *cache.layer(layer), k, v, cache_seqlens=lengths, block_table=table, causal=True
-            )
+                places = cache.retrieve(layer, [0], q, **places)
+            places["causal"] = True
+            out = attention.flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places)
             return out.transpose(0, 1)
 
         places = range(first, first + len(tokens))

@@ -23,7 +23,7 @@ def read(file):
     try:
         numbers = [head["budget_bytes"], head["bytes_per_token"]]
         for step in steps:
-            numbers += [step[name] for name in FIGURES]
+            numbers += [step[name] for name in FIGURES] + step["waiting"]
             numbers += [cell for tier in head["tiers"] for cell, *_ in step["tiers"][tier]]
         sum(numbers)
     except (KeyError, TypeError) as error:

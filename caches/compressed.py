@@ -115,9 +115,10 @@ class CompressedCache(PagedCache):
         tables = torch.stack([self.block_table[rows, :width], self.packed_table[rows, :width]], 1)
         return lengths.to(self.memory.device), tables
 
-    def attend(self, layer, q, k, v, lengths, tables):
+    def attend(self, layer, q, k, v, cache_seqlens, block_table):
         """flash_attn_with_kvcache() over all blocks of rows, of which tables() has said where."""
-        (seq_len, n_packed), (table, packed) = lengths.unbind(1), tables.unbind(1)
+        seq_len, n_packed = cache_seqlens.unbind(1)
+        table, packed = block_table.unbind(1)
         if not n_packed.any():
             places = {"cache_seqlens": seq_len, "block_table": table, "causal": True}
             return attention.flash_attn_with_kvcache(q, *self.layer(layer), k, v, **places)

@@ -142,11 +142,11 @@ class RetrievalCache(WindowCache):
         self.counts["shared"] += (len(numbers) - len(absent)) / L
         return [held[number] for number in numbers]
 
-    def retrieve(self, layer, rows, q, seq_len, block_table):
-        """seq_len (B,) and block_table (B, width) of these rows (a list) with what q wants back.
+    def retrieve(self, layer, rows, q, cache_seqlens, block_table):
+        """Lengths and tables of these rows (a list) with the blocks that q (B, T, H, D) wants back.
 
-        q: (B, T, H, D). The blocks stand between the sink and the window, in any order, since their
-        keys have their positions.
+        cache_seqlens (B,) and block_table (B, width) are tables()'. What comes back stands between
+        the sink and the window, in any order, since these keys have their positions.
         """
         tables, lengths = [], []
         for i, (row, ids) in enumerate(zip(rows, block_table.tolist(), strict=True)):
@@ -154,7 +154,8 @@ class RetrievalCache(WindowCache):
             padding = [0] * (self.top_k - len(slots))  # Behind the row's end.
             tables.append(ids[: self.sink] + slots + ids[self.sink :] + padding)
             lengths.append(len(slots) * self.block_size)
-        return seq_len + seq_len.new_tensor(lengths), block_table.new_tensor(tables)
+        lengths, tables = cache_seqlens.new_tensor(lengths), block_table.new_tensor(tables)
+        return {"cache_seqlens": cache_seqlens + lengths, "block_table": tables}
 
     def usage(self):
         reserved, used = super().usage()

@@ -1,6 +1,7 @@
 """The requests of a run: prompts out of a file in ShareGPT's schema, their answers, their order."""
 
 import json
+import random
 import sys
 import time
 from pathlib import Path
@@ -96,7 +97,8 @@ def conversations(file):
 def read_requests(args, encoding, chat, n_turns=1):
     """The first turns of args.n conversations, of which n_turns at most will be asked.
 
-    Tokens have chat markup; a later turn begins with what ends the answer before it.
+    Tokens have chat markup; a later turn begins with what ends the answer before it. With
+    args.rate, requests arrive one by one at random, so many a second on average (Poisson).
     """
     first, later, after = (
         encoding.encode(chat[end] + chat[start], allowed_special="all")
@@ -115,7 +117,21 @@ def read_requests(args, encoding, chat, n_turns=1):
             requests.append(Request((n, 0), text, prompt, following, args))
     if (longest := max(len(request.prompt) for request in requests)) >= args.max_seq_len:
         sys.exit(f"--max-seq-len {args.max_seq_len} is too short for a prompt of {longest} tokens.")
+    draw, delay = random.Random(args.seed), 0.0
+    for request in requests if args.rate else []:
+        delay += draw.expovariate(args.rate)
+        request.arrived += delay
     return requests
+
+
+def arrive(coming, waiting, busy):
+    """Let requests join the queue when their time has come. Unless busy, the first is waited for.
+
+    coming, waiting: deques, in the order of arrival. busy: whether there is something to do.
+    """
+    while coming and (not (waiting or busy) or coming[0].arrived <= time.perf_counter()):
+        time.sleep(max(0, coming[0].arrived - time.perf_counter()))
+        waiting.append(coming.popleft())
 
 
 def next_tokens(running, positions, chunk=1024):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import namedtuple
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -17,6 +18,7 @@ from support.trace import Trace
 
 REPORT = """
 Requests           {requests}: {prompt_tokens:,} prompt tokens, {generated_tokens:,} generated
+Arrivals           {came} in {came_s:.1f} s; {waited} waited at once at most; {idle_s:.1f} s idle
 Time               {prefill_s:.1f} s prefill, {decode_s:.1f} s decode: {tokens_per_s:.0f} tokens/s
 Manager            {manager_s:.3f} s in {steps} steps, {share:.2%} of it; {preemptions} preemptions
 First token        after {first:.2f} s, 99% within {slow:.2f} s; then {each:.0f} ms a token
@@ -31,6 +33,10 @@ Blocks found       {shared:,.0f} in HBM ({hits:.1%}), {fetched:,.0f} in DRAM
 Blocks moved       {up:.2f} GB fetched; {spilled:,} spilled ({down:.2f} GB)
 Blocks dropped     {dropped:,} for good
 Later turns        {later}"""
+
+
+# Of a step: when it was over, requests that run and wait, bytes reserved and used.
+Sample = namedtuple("Sample", ["seconds", "running", "waiting", "reserved", "used"])
 
 
 class Stats:
@@ -50,8 +56,8 @@ class Stats:
         self.budget = int(usual if args.kv_gb is None else 1e9 * args.kv_gb)
         self.room = self.budget // size  # Tokens.
         self.naive_fits = self.room // args.max_seq_len
-        self.samples = []  # (requests running, bytes reserved, bytes used) of each step
-        self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0}
+        self.samples = []
+        self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0, "idle": 0.0}
         self.preemptions, self.start = 0, None  # When the first step began.
         fits = f"{self.room:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
         print(f"KV cache: {self.budget / 1e9:.2f} GB, {size:,} bytes a token: {fits}.", flush=True)
@@ -61,23 +67,26 @@ class Stats:
         """Add the time that the `with` block takes to seconds[name]."""
         start = time.perf_counter()
         self.start = self.start or start
-        yield
-        self.seconds[name] += time.perf_counter() - start
+        try:
+            yield
+        finally:  # Ctrl-C, too.
+            self.seconds[name] += time.perf_counter() - start
 
     def sample(self, running, waiting, reserved, used):
         """Note how many requests run and wait in this step, slots reserved and used; show it."""
-        size = self.bytes_per_token
-        self.samples.append((running, round(reserved * size), round(used * size)))
+        size, now = self.bytes_per_token, time.perf_counter()
+        seconds = round(now - (self.start or now), 4)
+        sample = Sample(seconds, running, waiting, round(reserved * size), round(used * size))
+        self.samples.append(sample)
         if sys.stderr.isatty():
-            done = self.args.n - running - waiting
-            line = f"step {len(self.samples)}: {done} done, {running} running, {waiting} waiting"
+            line = f"step {len(self.samples)}: {running} running, {waiting} waiting"
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
-    def trace(self, tiers):
+    def trace(self, tiers, waiting):
         """Write what sample() noted last, and the tiers (see trace.py), to --trace FILE."""
-        running, reserved, used = self.samples[-1]
-        step = {"seconds": round(time.perf_counter() - self.start, 4), "running": running}
-        step |= {"reserved_bytes": reserved, "used_bytes": used}
+        last, places = self.samples[-1], [request.place[0] for request in waiting]
+        step = {"seconds": last.seconds, "running": last.running, "waiting": places}
+        step |= {"reserved_bytes": last.reserved, "used_bytes": last.used}
         with or_exit(f"--trace {self.args.trace} cannot be written"):
             if len(self.samples) == 1:
                 run = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
@@ -87,8 +96,8 @@ class Stats:
 
     def memory(self):
         """Bytes at the step where most is reserved, and of these the one where most is used."""
-        _, reserved, used = max(self.samples or [(0, 0, 0)], key=lambda sample: sample[1:])
-        waste = [1 - u / r for _, r, u in self.samples if r] or [0]
+        *_, reserved, used = max(self.samples, key=lambda s: s[3:], default=(0, 0))
+        waste = [1 - s.used / s.reserved for s in self.samples if s.reserved] or [0]
         return {
             "bytes_per_token": self.bytes_per_token, "budget_bytes": self.budget,
             "peak_reserved_bytes": reserved, "peak_used_bytes": used,
@@ -101,10 +110,18 @@ class Stats:
     def batches(self):
         """Requests at once: the most that there were; how many would fit at what one reserved on
         average; how many rows of max_seq_len."""
-        running, reserved = (sum(sample[i] for sample in self.samples) for i in (0, 1))
-        peak = max([sample[0] for sample in self.samples], default=0)
+        running, reserved = (sum(sample[i] for sample in self.samples) for i in (1, 3))
+        peak = max([sample.running for sample in self.samples], default=0)
         fits = self.budget * running // (reserved or 1)
         return {"peak": peak, "fits": fits, "naive_fits": self.naive_fits}
+
+    def load(self, requests):
+        """How many requests have come, and in what time; the most that waited; all step by step."""
+        came = [r.arrived for r in requests if r.arrived <= time.perf_counter()]
+        steps = {name: [getattr(s, name) for s in self.samples] for name in Sample._fields[:3]}
+        seconds = max(came, default=0) - min(came, default=0)
+        waited = max(steps["waiting"], default=0)
+        return {"came": len(came), "came_s": seconds, "waited": waited, **steps}
 
     def times(self, requests):
         """Seconds, and each request's time to its first token and per token behind that."""
@@ -140,7 +157,7 @@ class Stats:
             "prompt_tokens": sum(response["prompt_tokens"] for response in responses),
             "generated_tokens": sum(len(response["tokens"]) for response in responses),
             "preemptions": self.preemptions, "kv": self.memory(), "max_batch": self.batches(),
-            "time": self.times(requests),
+            "load": self.load(requests), "time": self.times(requests),
         }  # fmt: skip
         if cache:
             later = [request.first_token for request in requests if request.place[1] > 0]
@@ -166,7 +183,7 @@ class Stats:
             later = f"{median(waits):.2f} s to their first token (median)" if waits else "none"
             hits = tiers["shared"] / (tiers["shared"] + tiers["fetched"] or 1)
             print(TIERS.format(**tiers, down=down, up=up, later=later, hits=hits), end="")
-        flat = {**result, **result["kv"], **result["max_batch"], **result["time"]}
+        flat = {**result, **result["kv"], **result["max_batch"], **result["load"], **result["time"]}
         gb = {key: value / 1e9 for key, value in result["kv"].items()}
         firsts = sorted(first for first in flat["first_token_s"] if first) or [0]
         each = 1000 * median([each for each in flat["per_token_s"] if each] or [0])

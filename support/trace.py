@@ -20,9 +20,9 @@ class Trace:
     """A file of JSON objects, a line each: first about the run, then about its steps.
 
     {"command", "budget_bytes", "bytes_per_token", "tiers": {name: [number of cells, tokens each]}}
-    {"seconds", "running", "reserved_bytes", "used_bytes", "tiers": {name: [changes]}}
+    {"seconds", "running", "waiting", "reserved_bytes", "used_bytes", "tiers": {name: [changes]}}
 
-    A change is [cell, request, tokens], or [cell] if the cell is free now.
+    A change is [cell, request, tokens], or [cell] if the cell is free now. waiting: requests.
     """
 
     def __init__(self, file, run, tiers):
@@ -43,9 +43,11 @@ class Trace:
         self.write({**step, "tiers": changes})
 
 
-def rows(n_cells, n_slots, seq_len, live):
+def rows(n_cells, n_slots, batch, seq_len, live):
     """llama3-naive.py: rows of n_slots. The tokens of a request that has ended are of no use."""
-    cells = {row: (row, n if row in live else 0) for row, n in enumerate(seq_len.tolist())}
+    cells = {}
+    for row, (request, n) in enumerate(zip(batch, seq_len.tolist(), strict=True)):
+        cells[row] = request.place[0], n if row in live else 0
     return {"HBM": (n_cells, n_slots, cells)}
 
 
