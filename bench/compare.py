@@ -67,13 +67,13 @@ def options_for(name, args):
     return [str(option) for option in (*shared, *STRATEGIES[name][1])]
 
 
-def run_strategy(name, args, first, end):
+def run_strategy(name, args, first, end, *options):
     """What a strategy's script writes as JSON about the prompts first .. end - 1."""
     said = json.loads(PROMPTS.read_text())
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump([said[n % len(said)] for n in range(first, end)], file)
         file.flush()
-        options = [*options_for(name, args), "--prompts", file.name]
+        options = [*options_for(name, args), "--prompts", file.name, *options]
         return run_script(load_script(STRATEGIES[name][0]), end - first, *options)
 
 

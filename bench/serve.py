@@ -1,0 +1,130 @@
+"""Requests that arrive at random: up to which rate does each memory manager keep up?
+
+    python bench/serve.py                     over an hour on two cores
+    python bench/serve.py --only naive paged --rates 0.5 1 2 --rounds 1 --json some.json
+
+The strategies are those of bench/compare.py. In a round, each gets the same prompts at the same
+moments, R a second on average (--rate), and before that some of them one at a time: the idle
+system. Normalized latency is the mean over the requests of the seconds from a request's arrival to
+its last token, over the tokens of its answer (PagedAttention, Kwon et al. 2023, section 6.1). A
+strategy keeps up to the rate where that is twice the idle system's, between two measured rates by
+their straight line. Medians of the rounds and, in brackets, the lowest and the highest.
+"""
+
+import json
+import math
+import statistics
+import sys
+
+from common import apart, arguments, save, table
+from compare import STRATEGIES, run_strategy
+
+from support.arguments import at_least
+from support.checkpoint import SMOLLM2
+
+RATES, ALONE = (0.3, 0.6, 1.2, 2.4, 4.8), 8  # ALONE: requests for the idle system.
+
+
+def latencies(results):
+    """Of all requests of some runs: seconds to the first token, per token after it, normalized."""
+    first, each, normalized = [], [], []
+    for result in results:
+        first += result["time"]["first_token_s"]
+        each += [seconds or 0.0 for seconds in result["time"]["per_token_s"]]
+        lengths = [len(response["tokens"]) for response in result["responses"]]
+        for i, n in enumerate(lengths, len(normalized)):
+            normalized.append((first[i] + each[i] * (n - 1)) / n)
+    figures = {"normalized_ms": 1000 * statistics.mean(normalized)}
+    for name, values in (("first", first), ("token", each)):
+        values = sorted(1000 * value for value in values)
+        figures[f"{name}_ms"] = statistics.median(values)
+        figures[f"{name}_99_ms"] = values[math.ceil(0.99 * len(values)) - 1]
+    return figures
+
+
+def by_second(load):
+    """[seconds, requests running, waiting] of the last step in each second of a run."""
+    steps = zip(load["seconds"], load["running"], load["waiting"], strict=True)
+    return list({int(step[0]): step for step in steps}.values())
+
+
+def serve(name, seed, args):
+    """The figures of a strategy in a process of its own: alone (rate 0), then at each rate."""
+    run_strategy(name, args, 0, 1)  # Warms up.
+    alone = [run_strategy(name, args, i, i + 1) for i in range(ALONE)]
+    cases = [{"rate": 0, **latencies(alone)}]
+    for rate in args.rates:
+        result = run_strategy(name, args, 0, args.requests, "--rate", rate, "--seed", seed)
+        cases.append({"rate": rate, **latencies([result]), "steps": by_second(result["load"])})
+    return cases
+
+
+def keeps_up_to(cases):
+    """The rate at which normalized latency is twice the idle system's, or the highest one tried."""
+    (idle, *cases), before = cases, cases[0]
+    limit = 2 * idle["normalized_ms"]
+    for case in cases:
+        if case["normalized_ms"] > limit:
+            share = (limit - before["normalized_ms"]) / (
+                case["normalized_ms"] - before["normalized_ms"]
+            )
+            return before["rate"] + share * (case["rate"] - before["rate"])
+        before = case
+    return before["rate"]
+
+
+def spread(values):
+    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+
+
+def print_tables(rounds):
+    print("Milliseconds by requests a second: normalized latency; median and 99% of the others")
+    rows, knees = [], {}
+    for name, runs in rounds.items():
+        for cases in zip(*runs.values(), strict=True):
+            of = {key: [case[key] for case in cases] for key in cases[0] if key.endswith("ms")}
+            row = {"": name, "rate": cases[0]["rate"], "normalized": spread(of["normalized_ms"])}
+            for part in ("first", "token"):
+                pair = (statistics.median(of[f"{part}{end}_ms"]) for end in ("", "_99"))
+                row[f"{part} token" if part == "first" else "a token"] = "{:.0f}, {:.0f}".format(
+                    *pair
+                )
+            steps = [step for case in cases for step in case.get("steps", [])]
+            row["waited"] = max([waiting for _, _, waiting in steps], default=0)
+            rows.append(row)
+        knees[name] = {seed: keeps_up_to(cases) for seed, cases in runs.items()}
+    table(rows)
+    print("\nRequests a second up to which each keeps up")
+    rows = [{"": name, "rate": spread(knee.values())} for name, knee in knees.items()]
+    for row in rows:
+        ratios = [knees[row[""]][seed] / rate for seed, rate in knees.get("naive", {}).items()]
+        row["over naive's"] = spread(ratios) if ratios else None
+    table(rows)
+
+
+def main():
+    parser = arguments(__doc__, "serve")
+    add = parser.add_argument
+    names = ("naive", "virtual", "paged", "int8", "tiered")
+    add("--only", nargs="+", choices=STRATEGIES, metavar="NAME", default=names)
+    add("--rates", nargs="+", type=at_least(0.001, float), default=RATES, metavar="R")
+    add("--requests", type=at_least(1), default=32, metavar="N")
+    add("--rounds", type=at_least(1), default=3)
+    parser.set_defaults(max_new_tokens=128, kv_gb=1.4, model=SMOLLM2)
+    args = parser.parse_args()
+    asked = {"requests": args.requests, "rates": [*args.rates]}
+    result = json.loads(args.json.read_text()) if args.json.exists() else {"asked": asked}
+    if not args.show and result["asked"] != asked:
+        sys.exit(f"{args.json} is about {result['asked']}: give another --json.")
+    rounds = result.get("rounds", {})
+    for seed in range(0 if args.show else args.rounds):
+        for name in args.only:
+            print(f"{name}, round {seed + 1} ...", file=sys.stderr, flush=True)
+            cases, _ = apart(serve, name, seed, args)
+            rounds.setdefault(name, {})[str(seed)] = cases
+            save(args.json, {"asked": asked, "rounds": rounds})
+    print_tables(rounds)
+
+
+if __name__ == "__main__":
+    main()
