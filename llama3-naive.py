@@ -4,8 +4,9 @@
     python llama3-naive.py 8                  is refused: 8 reservations exceed the default budget
     diff llama3-naive.py llama3-paged.py      shows what paging changes
 
-The batch is static: all requests start together and every row lives until the last one ends. The
-statistics at the end show the price: most of the reserved slots never hold a token.
+The batch is static: its requests start together and every row lives until the last one ends. Who
+comes later (--rate) waits for the next batch. The statistics at the end show the price: most of the
+reserved slots never hold a token.
 
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """
@@ -100,7 +101,7 @@ parser = shared_arguments(__doc__)
 def generate(model, cache, requests, chat, args, stats):
     """Answer all requests, batch after batch: those that are there, as far as there are rows."""
     k_cache, v_cache = cache  # (L, B, max_seq_len, Hkv, D) each
-    coming, waiting, running = deque(requests), deque(), set()  # Rows.
+    coming, waiting, running = deque(requests), deque(), set()  # Rows in use.
 
     def attend(layer, some, q, k, v):
         # k and v are stored in slots seq_len, seq_len + 1, ... of their rows. Then each query

@@ -118,6 +118,14 @@ def facts():
     }
 
 
+def earlier(path, asked):
+    """What an earlier run wrote there; ends the program where it was asked for something else."""
+    result = json.loads(path.read_text()) if path.exists() else {"asked": asked}
+    if result["asked"] != asked:
+        sys.exit(f"{path} is about {result['asked']}: give another --json.")
+    return result
+
+
 def save(path, result):
     """Write the result, with the facts at its head, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,27 +1,24 @@
 """Everything beside everything: one table of all strategies on the same prompts and budget.
 
-    python bench/compare.py                             everything: 13 minutes on two cores
+    python bench/compare.py                             everything: half an hour on two cores
     python bench/compare.py --only naive paged --requests 20 --json some.json
-    python bench/plot.py compare                        draws the figures of the first
 
 naive       llama3-naive.py, as many requests at a time as there is room for
-virtual     llama3-virtual.py, as paged is llama3-paged.py
-tiered      llama3-tiered.py in a seventh of the budget, with DRAM below it
+virtual     llama3-virtual.py, as paged is llama3-paged.py, and tiered llama3-tiered.py, which has
+            a seventh of the budget, with DRAM below it
 window      llama3-tiered.py in the whole budget, with a sink of 16 tokens and a window of 240
 retrieval   the same with a window of 64, and 176 tokens from DRAM
 int8 ...    llama3-paged.py with --compress int8, int4, minicache
 
 Each runs in a process of its own; what fails is a column that says so. The JSON file is written
-after each run, and --only measures some columns of it again. Three rows are not from these runs.
-`most at once` is the largest number of requests of which none waits for another's end: found by
-running the script's loop with a model that chooses tokens without computing anything, so that all
-answers are of full length. `perplexity / full` and `same token as full` compare with full attention
-what the model makes of 2,048 tokens of Python's manual, read in chunks of 16. `ms per token after
-it` is the median of the requests' means; peak memory the process's resident set.
+after each run, and --only measures some columns of it again. `most at once` is the largest number
+of requests of which none waits for another's end: found by running the script's loop with a model
+that chooses tokens without computing anything, so that all answers are of full length. `ms per
+token after it` is the median of the requests' means; peak memory the process's resident set. What
+window, retrieval and the compressed ones lose is measured by bench/quality.py.
 """
 
 import json
-import math
 import os
 import statistics
 import sys
@@ -30,31 +27,22 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from common import apart, arguments, facts, load_script, run_script, save, table
-from quality import COMPRESSED, Bench, policies
+from common import apart, arguments, earlier, facts, load_script, run_script, save, table
 
 from caches.compressed import CODECS
 from support.arguments import at_least
-from support.checkpoint import SMOLLM2, or_exit
+from support.checkpoint import SMOLLM2
 from support.prompts import PROMPTS
 
-HBM = 256  # Tokens of a request that window and retrieval keep there.
-STRATEGIES = {  # Script, options
-    "naive": ("llama3-naive", []),
-    "virtual": ("llama3-virtual", []),
-    "paged": ("llama3-paged", []),
-    "tiered": ("llama3-tiered", []),
-    "window": ("llama3-tiered", ["--sink", 16, "--window", HBM - 16]),
-    "retrieval": (
-        "llama3-tiered",
-        ["--sink", 16, "--window", 64, "--top-k", HBM - 16 - 64, "--dram-gb", 8],
-    ),
+STRATEGIES = {  # Script and options
+    "naive": "llama3-naive",
+    "virtual": "llama3-virtual",
+    "paged": "llama3-paged",
+    "tiered": "llama3-tiered",
+    "window": "llama3-tiered --sink 16 --window 240",
+    "retrieval": "llama3-tiered --sink 16 --window 64 --top-k 176 --dram-gb 8",
+    **{codec: f"llama3-paged --compress {codec}" for codec in CODECS},
 }
-for codec in CODECS:
-    STRATEGIES[codec] = ("llama3-paged", ["--compress", codec])
-# Of those that are not exact, the policies of bench/quality.py.
-LOSSY = {**dict(zip(("window", "retrieval"), policies(HBM).values(), strict=True)), **COMPRESSED}
 
 
 # --- Runs, each in a process of its own -----------------------------------------------------------
@@ -63,8 +51,9 @@ LOSSY = {**dict(zip(("window", "retrieval"), policies(HBM).values(), strict=True
 def options_for(name, args):
     """What the script of a strategy gets, but for the number of requests."""
     gb = args.kv_gb / 7 if name == "tiered" else args.kv_gb
+    _, *own = STRATEGIES[name].split()
     shared = ["--kv-gb", gb, "--max-new-tokens", args.max_new_tokens, "--model", args.model]
-    return [str(option) for option in (*shared, *STRATEGIES[name][1])]
+    return [str(option) for option in (*shared, *own)]
 
 
 def run_strategy(name, args, first, end, *options):
@@ -74,12 +63,12 @@ def run_strategy(name, args, first, end, *options):
         json.dump([said[n % len(said)] for n in range(first, end)], file)
         file.flush()
         options = [*options_for(name, args), "--prompts", file.name, *options]
-        return run_script(load_script(STRATEGIES[name][0]), end - first, *options)
+        return run_script(load_script(STRATEGIES[name].split()[0]), end - first, *options)
 
 
 def most_at_once(name, args):
     """The largest number of requests of which none has to wait for another's end, or 0."""
-    script, options = load_script(STRATEGIES[name][0]), options_for(name, args)
+    script, options = load_script(STRATEGIES[name].split()[0]), options_for(name, args)
     (params, _), *others = script.load(script.parser.parse_args(["1", *options]))
     script.load = lambda args: ((params, None), *others)
     # A model that computes nothing and says token 100, which ends no answer.
@@ -99,22 +88,6 @@ def most_at_once(name, args):
         middle = (few + many) // 2
         few, many = (middle, many) if fit(middle) else (few, middle)
     return few
-
-
-@torch.inference_mode()
-def quality(name, args):
-    """Perplexity relative to full attention, how often the greedy token is the same, HBM."""
-    bench = Bench("--model", str(args.model))
-    tokens = bench.manual(2048)
-    full, full_cache = bench.logits(tokens, 16)
-    here, cache = bench.logits(tokens, 16, **LOSSY[name])
-    after = torch.tensor(tokens[1:], device=full.device)
-    more_nats = F.cross_entropy(here[:-1], after) - F.cross_entropy(full[:-1], after)
-    return {
-        "perplexity_of_full": math.exp(more_nats),
-        "same_token": float((here[:-1].argmax(1) == full[:-1].argmax(1)).float().mean()),
-        "text_bytes": {"full": bench.hbm_bytes(full_cache), "here": bench.hbm_bytes(cache)},
-    }
 
 
 # --- Columns --------------------------------------------------------------------------------------
@@ -146,14 +119,9 @@ def measure(name, args):
     most, _ = apart(most_at_once, name, args)
     n = args.requests
     size = max(1, most) if name == "naive" else n
-    runs = [
-        apart(run_strategy, name, args, first, min(n, first + size)) for first in range(0, n, size)
-    ]
+    runs = [apart(run_strategy, name, args, i, min(n, i + size)) for i in range(0, n, size)]
     results, peaks = zip(*runs, strict=True)
     row = {"requests": n, "most_at_once": most, **row_of(results), "peak_memory_bytes": max(peaks)}
-    if name in LOSSY:
-        more, _ = apart(quality, name, args)
-        row |= more
     return {**row, "on": facts()}
 
 
@@ -169,8 +137,6 @@ TABLE = {  # What is printed: which figure, times what, and how
     "ms per token after it": ("token_ms", 1, "{:.0f}"),
     "peak memory, GB": ("peak_memory_bytes", 1e-9, "{:.2f}"),
     "manager's share": ("manager_share", 1, "{:.2%}"),
-    "perplexity / full": ("perplexity_of_full", 1, "{:.3f}"),
-    "same token as full": ("same_token", 1, "{:.1%}"),
 }
 
 
@@ -198,15 +164,9 @@ def main():
     args = parser.parse_args()
     asked = {"requests": args.requests, "max_new_tokens": args.max_new_tokens,
              "kv_gb": args.kv_gb, "model": args.model.resolve().name}  # fmt: skip
-    columns, before = {}, asked
-    if args.json.exists():
-        with or_exit(f"{args.json} is not a result of bench/compare.py"):
-            result = json.loads(args.json.read_text())
-            columns, before = result["strategies"], result["asked"]
     if args.show:
-        return print_table(columns)
-    if before != asked:
-        sys.exit(f"{args.json} is about {before}: give another --json.")
+        return print_table(json.loads(args.json.read_text())["strategies"])
+    columns = earlier(args.json, asked).get("strategies", {})
     for name in args.only:
         print(f"{name} ...", end="", file=sys.stderr, flush=True)
         start = time.perf_counter()
@@ -216,8 +176,7 @@ def main():
             column = {"error": str(error)[:150]}
         if "error" not in column or "error" in columns.get(name, column):  # A measured one stays.
             columns[name] = column
-        ordered = {known: columns[known] for known in STRATEGIES if known in columns}
-        columns = {**ordered, **columns}
+        columns = {known: columns[known] for known in STRATEGIES if known in columns}
         save(args.json, {"asked": asked, "strategies": columns})
         speed = column.get("error") or f"{column['tokens_per_s']:.0f} tokens/s"
         print(f" {speed}, {time.perf_counter() - start:.0f} s", file=sys.stderr)

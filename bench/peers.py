@@ -242,7 +242,6 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         loads, _ = apart(prepare, Path(folder))
         facts = {"prompt_tokens": {load: sum(map(len, loads[load])) for load in LOADS}}
-        facts["new_tokens"] = dict.fromkeys(LOADS, N_NEW)
         for name in args.only * args.rounds:
             print(f"{name} ...", file=sys.stderr, flush=True)
             try:

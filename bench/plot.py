@@ -82,38 +82,40 @@ def max_batch(axis, rows):
     axis.set(xlabel="requests, none of which waits for another's end", title="Most at once")
 
 
-def quality_and_memory(axis, rows):
-    """HBM that 2,048 tokens take, and their perplexity; naive's is a row, whatever the text."""
-    points = {}
-    for name, row in rows.items():
-        if name == "naive":
-            points[name] = (row["reserved_bytes"] / row["max_batch"], 1, "naive")
-        if "text_bytes" in row:
-            points["paged"] = (row["text_bytes"]["full"], 1, "paged, virtual, tiered")
-            points[name] = (row["text_bytes"]["here"], row["perplexity_of_full"], name)
-    for name, (size, perplexity, label) in points.items():
-        line(axis, name, [size / 1e6], [perplexity], markersize=9, markeredgecolor=INK)
-        up = -18 if perplexity == 1 else 10
-        place = {"textcoords": "offset points", "xytext": (0, up), "ha": "center"}
-        axis.annotate(label, (size / 1e6, perplexity), **place)
-    axis.set(xscale="log", xlabel="MB of HBM for a text of 2,048 tokens")
-    axis.set(ylabel="perplexity, over full attention's", yscale="log", ylim=(0.8, 5))
-    axis.set(title="Quality against memory", yticks=(ys := [1, 1.2, 1.5, 2, 3, 4]), yticklabels=ys)
-    axis.set_xticks([5, 10, 20, 50, 100, 200], [5, 10, 20, 50, 100, 200])
-    axis.minorticks_off()
-    axis.margins(x=0.25)
-
-
 def compare(plt, result):
     rows = {name: row for name, row in result["strategies"].items() if "error" not in row}
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7.5), layout="tight")
-    parts = (time_per_token, memory, max_batch, quality_and_memory)
-    for axis, draw in zip(axes.flat, parts, strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(15, 3.6), layout="tight")
+    for axis, draw in zip(axes, (time_per_token, memory, max_batch), strict=True):
         draw(axis, rows)
     return figure
 
 
 # --- The other benchmarks -------------------------------------------------------------------------
+
+
+def serve(plt, result):
+    """bench/serve.py"""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="tight")
+    for name, rounds in result["rounds"].items():
+        rates = [case["rate"] for case in rounds["0"]]
+        by_rate = zip(*rounds.values(), strict=True)
+        ms = [[case["normalized_ms"] for case in cases] for cases in by_rate]
+        line(left, name, rates, list(map(statistics.median, ms)), label=name)
+        color = STRATEGIES[name][0]
+        left.fill_between(rates, list(map(min, ms)), list(map(max, ms)), color=color, alpha=0.2)
+        if name in ("naive", "paged"):
+            seconds, running, waiting = zip(*rounds["0"][-1]["steps"], strict=True)
+            more = {"color": color, "drawstyle": "steps"}
+            right.plot(seconds, running, **more, label=f"{name}, running")
+            right.plot(seconds, waiting, **more, linestyle=":", label=f"{name}, waiting")
+    left.set(xlabel="requests a second", ylabel="milliseconds", yscale="log")
+    left.set(title="Normalized latency: from arrival to the end, per token")
+    left.set_yticks(ticks := [20, 50, 100, 200, 500], ticks)
+    left.minorticks_off()
+    right.set(xlabel="seconds", ylabel="requests", title=f"At {rates[-1]} requests a second")
+    for axis in (left, right):
+        axis.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def peers(plt, result):
@@ -176,13 +178,14 @@ def quality(plt, result):
     text.axvline(CONTEXT, color=INK, linewidth=0.8)  # The model's context ends.
     text.set(xlabel="tokens read", ylabel="perplexity", yscale="log")
     text.set(title="Text, HBM for 512 + sink")
-    for name in ("sink + window", "retrieval"):
-        cases = sorted((c for c in result["kept"] if c["policy"] == name), key=lambda c: c["share"])
-        shares = [1 / case["share"] for case in cases]
-        line(kept, looks[name], shares, [case["kl"] for case in cases], label=name)
-    kept.set(xlabel="share of 4,096 tokens in HBM", ylabel="KL divergence, nats")
+    for name in dict.fromkeys(case["policy"] for case in result["kept"]):
+        cases = [case for case in result["kept"] if case["policy"] == name]
+        cases.sort(key=lambda case: case["bytes_a_token"])
+        xs = [case["bytes_a_token"] for case in cases]
+        line(kept, looks.get(name, name), xs, [case["kl"] for case in cases], label=name)
+    kept.set(xlabel="bytes a token in HBM, of 4,096 tokens", ylabel="KL divergence, nats")
     kept.set(title="Next token against full attention", xscale="log", yscale="log")
-    kept.set_xticks(shares, [f"1/{case['share']}" for case in cases])
+    kept.set_xticks(ticks := [1500, 3000, 6000, 12000, 23040], [f"{n:,}" for n in ticks])
     for name, share in (("full", 1), ("sink + window", 4), ("retrieval", 4), ("retrieval", 8)):
         cases = [c for c in result["needle"] if (c["policy"], c["share"]) == (name, share)]
         within = sorted((c for c in cases if c["tokens"] <= CONTEXT), key=lambda c: c["tokens"])
@@ -200,14 +203,13 @@ def quality(plt, result):
     speed.set(title="A decode step, HBM for 1,024 tokens")
     speed.set_xticks(xs, [f"{n // 1024}k" for n in xs])
     speed.set_yticks(ms := [25, 50, 100, 200, 400, 800], ms)
-    for axis in (kept, speed):
-        axis.minorticks_off()
     for axis in axes.flat:
+        axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8)
     return figure
 
 
-FIGURES = {"compare": compare, "peers": peers, "tiers": tiers, "quality": quality}
+FIGURES = {"compare": compare, "serve": serve, "peers": peers, "tiers": tiers, "quality": quality}
 
 
 def draw(name, file):

@@ -6,7 +6,7 @@
 
 speed       milliseconds per decode step and bytes in HBM, as the context grows
 kept        of full attention over 4,096 tokens: how often the greedy token is the same, the KL
-            divergence (nats) of the next token's distribution
+            divergence (nats) of the next token's distribution, bytes in HBM over 4,096
 perplexity  of Python's manual (pydoc_data.topics), along the text
 needle      one line with a number, in noise (RULER, niah_single): how often the model repeats it
 
@@ -176,11 +176,13 @@ def kept(bench, args):
     cases = {(name, s): p for s in args.shares for name, p in policies(4096 // s).items()}
     cases |= {(name, None): policy for name, policy in COMPRESSED.items()}
     for (name, share), policy in cases.items():
-        logits, _ = bench.logits(tokens, 16, **policy)
+        logits, cache = bench.logits(tokens, 16, **policy)
         here = logits[half:].log_softmax(1)
         same = (here.argmax(1) == full.argmax(1)).float().mean()
         kl = (full.exp() * (full - here)).sum(1).mean()
-        yield {"policy": name, "share": share, "same": float(same), "kl": float(kl)}
+        size = bench.hbm_bytes(cache) / len(tokens)
+        case = {"policy": name, "share": share, "bytes_a_token": size}
+        yield {**case, "same": float(same), "kl": float(kl)}
 
 
 # --- Perplexity -----------------------------------------------------------------------------------

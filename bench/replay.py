@@ -44,9 +44,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("traces", nargs="+", metavar="FILE", help="one or two, as --trace writes")
-    parser.add_argument(
-        "--html", type=Path, metavar="FILE", help="the page (the trace's name.html)"
-    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="the page (FILE.html)")
     args = parser.parse_args()
     target = args.html or Path(args.traces[0] + ".html")
     if len(args.traces) > 2 or str(target) in args.traces:

@@ -15,8 +15,9 @@ import json
 import math
 import statistics
 import sys
+from itertools import pairwise
 
-from common import apart, arguments, save, table
+from common import apart, arguments, earlier, save, table
 from compare import STRATEGIES, run_strategy
 
 from support.arguments import at_least
@@ -61,16 +62,12 @@ def serve(name, seed, args):
 
 def keeps_up_to(cases):
     """The rate at which normalized latency is twice the idle system's, or the highest one tried."""
-    (idle, *cases), before = cases, cases[0]
-    limit = 2 * idle["normalized_ms"]
-    for case in cases:
-        if case["normalized_ms"] > limit:
-            share = (limit - before["normalized_ms"]) / (
-                case["normalized_ms"] - before["normalized_ms"]
-            )
-            return before["rate"] + share * (case["rate"] - before["rate"])
-        before = case
-    return before["rate"]
+    limit = 2 * cases[0]["normalized_ms"]
+    for before, after in pairwise(cases):
+        low, high = before["normalized_ms"], after["normalized_ms"]
+        if high > limit:
+            return before["rate"] + (limit - low) / (high - low) * (after["rate"] - before["rate"])
+    return cases[-1]["rate"]
 
 
 def spread(values):
@@ -84,21 +81,21 @@ def print_tables(rounds):
         for cases in zip(*runs.values(), strict=True):
             of = {key: [case[key] for case in cases] for key in cases[0] if key.endswith("ms")}
             row = {"": name, "rate": cases[0]["rate"], "normalized": spread(of["normalized_ms"])}
-            for part in ("first", "token"):
-                pair = (statistics.median(of[f"{part}{end}_ms"]) for end in ("", "_99"))
-                row[f"{part} token" if part == "first" else "a token"] = "{:.0f}, {:.0f}".format(
-                    *pair
-                )
+            for title, key in (("first token", "first"), ("a token", "token")):
+                middle, slow = (statistics.median(of[f"{key}{end}_ms"]) for end in ("", "_99"))
+                row[title] = f"{middle:.0f}, {slow:.0f}"
             steps = [step for case in cases for step in case.get("steps", [])]
             row["waited"] = max([waiting for _, _, waiting in steps], default=0)
             rows.append(row)
         knees[name] = {seed: keeps_up_to(cases) for seed, cases in runs.items()}
     table(rows)
     print("\nRequests a second up to which each keeps up")
-    rows = [{"": name, "rate": spread(knee.values())} for name, knee in knees.items()]
-    for row in rows:
-        ratios = [knees[row[""]][seed] / rate for seed, rate in knees.get("naive", {}).items()]
-        row["over naive's"] = spread(ratios) if ratios else None
+    rows = []
+    for name, knee in knees.items():
+        naive = knees.get("naive", {})
+        ratios = [knee[seed] / naive[seed] for seed in knee.keys() & naive.keys()]
+        rows.append({"": name, "rate": spread(knee.values())})
+        rows[-1]["over naive's"] = spread(ratios) if ratios else None
     table(rows)
 
 
@@ -113,11 +110,10 @@ def main():
     parser.set_defaults(max_new_tokens=128, kv_gb=1.4, model=SMOLLM2)
     args = parser.parse_args()
     asked = {"requests": args.requests, "rates": [*args.rates]}
-    result = json.loads(args.json.read_text()) if args.json.exists() else {"asked": asked}
-    if not args.show and result["asked"] != asked:
-        sys.exit(f"{args.json} is about {result['asked']}: give another --json.")
-    rounds = result.get("rounds", {})
-    for seed in range(0 if args.show else args.rounds):
+    if args.show:
+        return print_tables(json.loads(args.json.read_text())["rounds"])
+    rounds = earlier(args.json, asked).get("rounds", {})
+    for seed in range(args.rounds):
         for name in args.only:
             print(f"{name}, round {seed + 1} ...", file=sys.stderr, flush=True)
             cases, _ = apart(serve, name, seed, args)

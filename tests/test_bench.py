@@ -104,7 +104,7 @@ def test_a_table(load, capsys):
     ]
 
 
-@pytest.mark.parametrize("name", ["compare", "peers", "quality", "tiers"])
+@pytest.mark.parametrize("name", ["compare", "serve", "peers", "quality", "tiers"])
 def test_earlier_results_are_shown_and_drawn(load, call, capsys, name):
     call(name, "--show")
     assert len(capsys.readouterr().out.splitlines()) > 10
@@ -182,6 +182,56 @@ def test_nothing_measured_is_lost(load, call, tmp_path, monkeypatch, capsys):
     answers.append("No room.")
     call("compare", "--only", "paged", "--json", tmp_path / "new.json")
     assert "paged failed: No room." in capsys.readouterr().out
+
+
+def test_latencies_by_hand(load):
+    """Three requests of two runs. The first waits 2 s and has 4 more tokens, one each 0.5 s."""
+    serve = load("serve")
+
+    def result(first, per_token, lengths):
+        clock = {"first_token_s": first, "per_token_s": per_token}
+        return {"time": clock, "responses": [{"tokens": [0] * n} for n in lengths]}
+
+    figures = serve.latencies([result([2.0, 0.3], [0.5, None], [5, 1]), result([1.0], [0.1], [11])])
+    normalized = (4.0 / 5 + 0.3 / 1 + 2.0 / 11) / 3
+    assert figures == {
+        "normalized_ms": pytest.approx(1000 * normalized), "first_ms": 1000, "first_99_ms": 2000,
+        "token_ms": 100, "token_99_ms": 500,
+    }  # fmt: skip
+    steps = {"seconds": [0.1, 0.9, 1.5, 4.2], "running": [1, 2, 3, 4], "waiting": [0, 5, 0, 6]}
+    assert serve.by_second(steps) == [(0.9, 2, 5), (1.5, 3, 0), (4.2, 4, 6)]
+
+
+def test_the_rate_that_is_kept_up_with(load):
+    """Where the line between two measured rates passes twice the idle system's latency."""
+
+    def cases(*latencies):
+        rates = zip((0, 1, 3), latencies, strict=True)
+        return [{"rate": rate, "normalized_ms": ms} for rate, ms in rates]
+
+    keeps_up_to = load("serve").keeps_up_to
+    assert keeps_up_to(cases(20, 30, 50)) == 2
+    assert keeps_up_to(cases(20, 100, 200)) == 0.25
+    assert keeps_up_to(cases(20, 30, 40)) == 3
+
+
+def test_requests_are_served(load, call, tiny, tmp_path, monkeypatch, capsys):
+    """All are answered at each rate. A second run goes on; one that asks for others does not."""
+    serve, file = load("serve"), tmp_path / "out.json"
+    monkeypatch.setattr(serve, "ALONE", 2)
+    monkeypatch.setattr(serve, "SMOLLM2", tiny)
+    monkeypatch.setattr(serve, "apart", lambda function, *args: (function(*args), 0))
+    options = ["--rounds", 1, "--requests", 3, "--rates", 50, 500, "--json", file]
+    call("serve", "--only", "naive", *options)
+    call("serve", "--only", "int8", *options)
+    rounds = json.loads(file.read_text())["rounds"]
+    assert [[case["rate"] for case in rounds[name]["0"]] for name in rounds] == [[0, 50, 500]] * 2
+    for runs in rounds.values():
+        for case in runs["0"][1:]:
+            assert case["normalized_ms"] > 0 and case["steps"][-1][1] >= 1
+    assert "over naive's" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="give another --json"):
+        call("serve", "--only", "naive", "--rounds", 1, "--requests", 4, "--json", file)
 
 
 def test_engines_take_turns(load, call, tmp_path, monkeypatch, capsys):
