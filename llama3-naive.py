@@ -99,9 +99,9 @@ parser = shared_arguments(__doc__)
 
 
 def generate(model, cache, requests, chat, args, stats):
-    """Answer all requests, batch after batch: those that are there, as far as there are rows."""
+    """Answer all requests, in batches of those that have arrived, as many as there are rows."""
     k_cache, v_cache = cache  # (L, B, max_seq_len, Hkv, D) each
-    coming, waiting, running = deque(requests), deque(), set()  # Rows in use.
+    coming, waiting, running = deque(requests), deque(), set()  # Rows that have not ended.
 
     def attend(layer, some, q, k, v):
         # k and v are stored in slots seq_len, seq_len + 1, ... of their rows. Then each query
@@ -116,7 +116,8 @@ def generate(model, cache, requests, chat, args, stats):
             arrive(coming, waiting, running)
         if not running:  # The next batch.
             n_rows = min(len(waiting), k_cache.shape[1])
-            batch, running = [waiting.popleft() for _ in range(n_rows)], set(range(n_rows))
+            batch = [waiting.popleft() for _ in range(n_rows)]
+            running = set(range(n_rows))
             seq_len = torch.zeros(n_rows, dtype=torch.int32)  # Tokens stored, new ones excluded.
         # A request that has ended keeps its row, which computes its last token over and over, as
         # its seq_len stands still.

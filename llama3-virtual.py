@@ -107,7 +107,7 @@ def generate(model, cache, requests, chat, args, stats):
     coming, waiting, running = deque(requests), deque(), {}  # row: its request, oldest first.
 
     def attend(layer, some, q, k, v):
-        # As in llama3-naive.py; cache_batch_idx says which rows they are, as some may be idle.
+        # As in llama3-naive.py; cache_batch_idx says which rows these are: rarely all of them.
         places = {"cache_seqlens": seq_len[some], "cache_batch_idx": rows[some]}
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 

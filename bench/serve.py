@@ -4,11 +4,12 @@
     python bench/serve.py --only naive paged --rates 0.5 1 2 --rounds 1 --json some.json
 
 The strategies are those of bench/compare.py. In a round, each gets the same prompts at the same
-moments, R a second on average (--rate), and before that some of them one at a time: the idle
+moments, R a second on average (--rate), and before that the first 8 of them one at a time: the idle
 system. Normalized latency is the mean over the requests of the seconds from a request's arrival to
 its last token, over the tokens of its answer (PagedAttention, Kwon et al. 2023, section 6.1). A
-strategy keeps up to the rate where that is twice the idle system's, between two measured rates by
-their straight line. Medians of the rounds and, in brackets, the lowest and the highest.
+strategy keeps up until that is twice the idle system's; the rate is interpolated between the two
+measured ones around it, or the highest one. Of the rounds, medians, and where there are brackets
+the lowest and the highest; of requests that waited, the most.
 """
 
 import json
@@ -30,11 +31,12 @@ def latencies(results):
     """Of all requests of some runs: seconds to the first token, per token after it, normalized."""
     first, each, normalized = [], [], []
     for result in results:
-        first += result["time"]["first_token_s"]
-        each += [seconds or 0.0 for seconds in result["time"]["per_token_s"]]
+        clock = result["time"]
+        first += clock["first_token_s"]
+        each += [seconds for seconds in clock["per_token_s"] if seconds is not None]
         lengths = [len(response["tokens"]) for response in result["responses"]]
-        for i, n in enumerate(lengths, len(normalized)):
-            normalized.append((first[i] + each[i] * (n - 1)) / n)
+        of_each = zip(clock["first_token_s"], clock["per_token_s"], lengths, strict=True)
+        normalized += [(wait + (seconds or 0) * (n - 1)) / n for wait, seconds, n in of_each]
     figures = {"normalized_ms": 1000 * statistics.mean(normalized)}
     for name, values in (("first", first), ("token", each)):
         values = sorted(1000 * value for value in values)
@@ -52,9 +54,9 @@ def by_second(load):
 def serve(name, seed, args):
     """The figures of a strategy in a process of its own: alone (rate 0), then at each rate."""
     run_strategy(name, args, 0, 1)  # Warms up.
-    alone = [run_strategy(name, args, i, i + 1) for i in range(ALONE)]
+    alone = [run_strategy(name, args, i, i + 1) for i in range(min(ALONE, args.requests))]
     cases = [{"rate": 0, **latencies(alone)}]
-    for rate in args.rates:
+    for rate in sorted(args.rates):
         result = run_strategy(name, args, 0, args.requests, "--rate", rate, "--seed", seed)
         cases.append({"rate": rate, **latencies([result]), "steps": by_second(result["load"])})
     return cases
@@ -90,9 +92,8 @@ def print_tables(rounds):
         knees[name] = {seed: keeps_up_to(cases) for seed, cases in runs.items()}
     table(rows)
     print("\nRequests a second up to which each keeps up")
-    rows = []
+    rows, naive = [], knees.get("naive", {})
     for name, knee in knees.items():
-        naive = knees.get("naive", {})
         ratios = [knee[seed] / naive[seed] for seed in knee.keys() & naive.keys()]
         rows.append({"": name, "rate": spread(knee.values())})
         rows[-1]["over naive's"] = spread(ratios) if ratios else None
@@ -109,7 +110,7 @@ def main():
     add("--rounds", type=at_least(1), default=3)
     parser.set_defaults(max_new_tokens=128, kv_gb=1.4, model=SMOLLM2)
     args = parser.parse_args()
-    asked = {"requests": args.requests, "rates": [*args.rates]}
+    asked = {"requests": args.requests, "rates": sorted(args.rates)}
     if args.show:
         return print_tables(json.loads(args.json.read_text())["rounds"])
     rounds = earlier(args.json, asked).get("rounds", {})

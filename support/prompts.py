@@ -124,12 +124,12 @@ def read_requests(args, encoding, chat, n_turns=1):
     return requests
 
 
-def arrive(coming, waiting, busy):
-    """Let requests join the queue when their time has come. Unless busy, the first is waited for.
+def arrive(coming, waiting, running):
+    """Move the requests that have arrived by now from one deque to the other.
 
-    coming, waiting: deques, in the order of arrival. busy: whether there is something to do.
+    If none waits or runs, sleep until the first one is here.
     """
-    while coming and (not (waiting or busy) or coming[0].arrived <= time.perf_counter()):
+    while coming and (not (waiting or running) or coming[0].arrived <= time.perf_counter()):
         time.sleep(max(0, coming[0].arrived - time.perf_counter()))
         waiting.append(coming.popleft())
 

@@ -58,7 +58,7 @@ class Stats:
         self.naive_fits = self.room // args.max_seq_len
         self.samples = []
         self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0, "idle": 0.0}
-        self.preemptions, self.start = 0, None  # When the first step began.
+        self.preemptions, self.start = 0, None  # When the loop began.
         fits = f"{self.room:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
         print(f"KV cache: {self.budget / 1e9:.2f} GB, {size:,} bytes a token: {fits}.", flush=True)
 
@@ -110,13 +110,14 @@ class Stats:
     def batches(self):
         """Requests at once: the most that there were; how many would fit at what one reserved on
         average; how many rows of max_seq_len."""
-        running, reserved = (sum(sample[i] for sample in self.samples) for i in (1, 3))
-        peak = max([sample.running for sample in self.samples], default=0)
-        fits = self.budget * running // (reserved or 1)
+        peak = max([s.running for s in self.samples], default=0)
+        reserved = sum(s.reserved for s in self.samples)
+        fits = self.budget * sum(s.running for s in self.samples) // (reserved or 1)
         return {"peak": peak, "fits": fits, "naive_fits": self.naive_fits}
 
     def load(self, requests):
-        """How many requests have come, and in what time; the most that waited; all step by step."""
+        """How many requests came, seconds from the first to the last, the most that waited; and of
+        each step, when it was over, how many ran and waited."""
         came = [r.arrived for r in requests if r.arrived <= time.perf_counter()]
         steps = {name: [getattr(s, name) for s in self.samples] for name in Sample._fields[:3]}
         seconds = max(came, default=0) - min(came, default=0)
@@ -188,6 +189,6 @@ class Stats:
         firsts = sorted(first for first in flat["first_token_s"] if first) or [0]
         each = 1000 * median([each for each in flat["per_token_s"] if each] or [0])
         slow = firsts[math.ceil(0.99 * len(firsts)) - 1]
-        share = flat["manager_s"] / (sum(self.seconds.values()) or 1)
+        share = flat["manager_s"] / (sum(self.seconds.values()) - flat["idle_s"] or 1)
         more = {"share": share, "first": median(firsts), "slow": slow, "each": each}
         print(REPORT.format(**flat, **more, gb=gb), flush=True)

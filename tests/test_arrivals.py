@@ -60,16 +60,16 @@ def test_who_has_come_joins_the_queue(clock):
     coming = deque(SimpleNamespace(arrived=100.0 + after) for after in (0, 0, 2, 3, 7))
     waiting = deque()
     joined = []
-    for clock.now, busy in ((100.0, False), (101.5, True), (103.0, True), (103.5, False)):
-        arrive(coming, waiting, busy)
+    for clock.now, running in ((100.0, False), (101.5, True), (103.0, True), (103.5, False)):
+        arrive(coming, waiting, running)
         joined.append(len(waiting))
     assert joined == [2, 2, 4, 4] and clock.now == 103.5
     waiting.clear()
-    arrive(coming, waiting, busy=True)
+    arrive(coming, waiting, running=True)
     assert len(coming) == 1 and clock.now == 103.5
-    arrive(coming, waiting, busy=False)  # Nobody is here: it sleeps until somebody is.
+    arrive(coming, waiting, running=False)  # Nobody is here: it sleeps until somebody is.
     assert len(waiting) == 1 and clock.now == 107.0
-    arrive(coming, waiting, busy=False)
+    arrive(coming, waiting, running=False)
     assert clock.now == 107.0
 
 
@@ -119,10 +119,10 @@ def test_the_same_answers_whenever_requests_come(tmp_path, tiny, script, steps_o
 def test_arrivals_by_hand(
     tmp_path, tiny, steps_of_a_second, capsys, script, running, waiting, first_tokens
 ):
-    """Two requests come after half a second, a third in their third step; three tokens each.
+    """Two requests come after half a second, a third as their third step begins; 3 tokens each.
 
-    A static batch lets it wait until they have ended. The others read its prompt in the next step,
-    in which who decodes waits.
+    A static batch lets it wait until they have ended. The others read its prompt in that step, and
+    who decodes waits.
     """
     steps_of_a_second(script, 0.5, 0, 2)
     options = ["--rate", 1, "--max-new-tokens", 3, "--trace", tmp_path / "trace"]
@@ -167,7 +167,7 @@ def test_interrupted_while_all_are_still_to_come(tmp_path, tiny, script):
         [*command, "--prompts", prompts], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # Not so after "&".
     )  # fmt: skip
-    process.stdout.readline()  # Printed just before the first step.
+    process.stdout.readline()  # Printed before the first step.
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
