@@ -38,9 +38,9 @@ def latencies(results):
         of_each = zip(clock["first_token_s"], clock["per_token_s"], lengths, strict=True)
         normalized += [(wait + (seconds or 0) * (n - 1)) / n for wait, seconds, n in of_each]
     figures = {"normalized_ms": 1000 * statistics.mean(normalized)}
-    for name, values in (("first", first), ("token", each)):
+    for name, values in (("normalized", normalized), ("first", first), ("token", each)):
         values = sorted(1000 * value for value in values)
-        figures[f"{name}_ms"] = statistics.median(values)
+        figures[f"{name}_50_ms"] = statistics.median(values)
         figures[f"{name}_99_ms"] = values[math.ceil(0.99 * len(values)) - 1]
     return figures
 
@@ -77,14 +77,14 @@ def spread(values):
 
 
 def print_tables(rounds):
-    print("Milliseconds by requests a second: normalized latency; median and 99% of the others")
+    print("Milliseconds: normalized latency, mean; 50 and 99% of it, to the first token, per token")
     rows, knees = [], {}
     for name, runs in rounds.items():
         for cases in zip(*runs.values(), strict=True):
             of = {key: [case[key] for case in cases] for key in cases[0] if key.endswith("ms")}
-            row = {"": name, "rate": cases[0]["rate"], "normalized": spread(of["normalized_ms"])}
-            for title, key in (("first token", "first"), ("a token", "token")):
-                middle, slow = (statistics.median(of[f"{key}{end}_ms"]) for end in ("", "_99"))
+            row = {"": name, "rate": cases[0]["rate"], "mean": spread(of["normalized_ms"])}
+            for title in ("normalized", "first", "token"):
+                middle, slow = (statistics.median(of[f"{title}_{p}_ms"]) for p in (50, 99))
                 row[title] = f"{middle:.0f}, {slow:.0f}"
             steps = [step for case in cases for step in case.get("steps", [])]
             row["waited"] = max([waiting for _, _, waiting in steps], default=0)

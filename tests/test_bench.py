@@ -195,8 +195,9 @@ def test_latencies_by_hand(load):
     figures = serve.latencies([result([2.0, 0.3], [0.5, None], [5, 1]), result([1.0], [0.1], [11])])
     normalized = (4.0 / 5 + 0.3 / 1 + 2.0 / 11) / 3
     assert figures == {
-        "normalized_ms": pytest.approx(1000 * normalized), "first_ms": 1000, "first_99_ms": 2000,
-        "token_ms": 100, "token_99_ms": 500,
+        "normalized_ms": pytest.approx(1000 * normalized),
+        "normalized_50_ms": pytest.approx(300), "normalized_99_ms": pytest.approx(800),
+        "first_50_ms": 1000, "first_99_ms": 2000, "token_50_ms": 300, "token_99_ms": 500,
     }  # fmt: skip
     steps = {"seconds": [0.1, 0.9, 1.5, 4.2], "running": [1, 2, 3, 4], "waiting": [0, 5, 0, 6]}
     assert serve.by_second(steps) == [(0.9, 2, 5), (1.5, 3, 0), (4.2, 4, 6)]
