@@ -7,9 +7,8 @@ The strategies are those of bench/compare.py. In a round, each gets the same pro
 moments, R a second on average (--rate), and before that the first 8 of them one at a time: the idle
 system. Normalized latency is the mean over the requests of the seconds from a request's arrival to
 its last token, over the tokens of its answer (PagedAttention, Kwon et al. 2023, section 6.1). A
-strategy keeps up until that is twice the idle system's; the rate is interpolated between the two
-measured ones around it, or the highest one. Of the rounds, medians, and where there are brackets
-the lowest and the highest; of requests that waited, the most.
+strategy keeps up until that is twice the idle system's: a rate between the two measured ones around
+it, or the highest one. Medians of the rounds; in brackets the lowest and the highest.
 """
 
 import json
