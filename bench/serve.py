@@ -1,6 +1,6 @@
 """Requests that arrive at random: up to which rate does each memory manager keep up?
 
-    python bench/serve.py                     over an hour on two cores
+    python bench/serve.py                     three quarters of an hour on two cores
     python bench/serve.py --only naive paged --rates 0.5 1 2 --rounds 1 --json some.json
 
 The strategies are those of bench/compare.py. In a round, each gets the same prompts at the same
@@ -23,7 +23,7 @@ from compare import STRATEGIES, run_strategy
 from support.arguments import at_least
 from support.checkpoint import SMOLLM2
 
-RATES, ALONE = (0.3, 0.6, 1.2, 2.4, 4.8), 8  # ALONE: requests for the idle system.
+RATES, ALONE = (0.6, 1.2, 2.4, 4.8, 9.6), 8  # ALONE: requests for the idle system.
 
 
 def latencies(results):
