@@ -59,7 +59,7 @@ def time_per_token(axis, rows):
     values = {name: row["token_ms"] for name, row in rows.items()}
     labels = [f"{row['token_ms']:.0f} ({row['max_batch']} at once)" for row in rows.values()]
     bars(axis, values, labels, rows)
-    axis.margins(x=0.4)
+    axis.margins(x=0.6)
     axis.set(xlabel="milliseconds per token of an answer, median", title="Time per token")
 
 
@@ -71,7 +71,7 @@ def memory(axis, rows):
     axis.bar_label(
         rest, [f"{row['fragmented_of_reserved']:.1%}" for row in rows.values()], padding=3
     )
-    axis.set(xlabel="GB reserved at the peak; in color: used; %: fragmented, of reserved")
+    axis.set(xlabel="GB reserved; in color: used; %: fragmented")
     axis.set(title="Memory")
 
 
@@ -104,15 +104,15 @@ def serve(plt, result):
         color = STRATEGIES[name][0]
         left.fill_between(rates, list(map(min, ms)), list(map(max, ms)), color=color, alpha=0.2)
         if name in ("naive", "paged"):
-            seconds, running, waiting = zip(*rounds["0"][-1]["steps"], strict=True)
-            more = {"color": color, "drawstyle": "steps"}
-            right.plot(seconds, running, **more, label=f"{name}, running")
-            right.plot(seconds, waiting, **more, linestyle=":", label=f"{name}, waiting")
+            xs, *counts = zip(*rounds["0"][-2]["steps"], strict=True)
+            for ys, style, what in zip(counts, ("-", ":"), ("running", "waiting"), strict=True):
+                right.plot(xs, ys, style, color=color, drawstyle="steps", label=f"{name}, {what}")
+    left.axhline(2 * statistics.median(ms[0]), color=INK, linewidth=0.8)  # Of the last one, alone.
     left.set(xlabel="requests a second", ylabel="milliseconds", yscale="log")
     left.set(title="Normalized latency: from arrival to the end, per token")
     left.set_yticks(ticks := [20, 50, 100, 200, 500], ticks)
     left.minorticks_off()
-    right.set(xlabel="seconds", ylabel="requests", title=f"At {rates[-1]} requests a second")
+    right.set(xlabel="seconds", ylabel="requests", title=f"At {rates[-2]} requests a second")
     for axis in (left, right):
         axis.legend(frameon=False, fontsize=8)
     return figure
