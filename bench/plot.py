@@ -107,7 +107,7 @@ def serve(plt, result):
             xs, *counts = zip(*rounds["0"][-2]["steps"], strict=True)
             for ys, style, what in zip(counts, ("-", ":"), ("running", "waiting"), strict=True):
                 right.plot(xs, ys, style, color=color, drawstyle="steps", label=f"{name}, {what}")
-    left.axhline(2 * statistics.median(ms[0]), color=INK, linewidth=0.8)  # Of the last one, alone.
+    left.axhline(2 * statistics.median(ms[0]), color=INK, linewidth=0.8)  # Twice the idle system.
     left.set(xlabel="requests a second", ylabel="milliseconds", yscale="log")
     left.set(title="Normalized latency: from arrival to the end, per token")
     left.set_yticks(ticks := [20, 50, 100, 200, 500], ticks)
