@@ -147,7 +147,7 @@ def tiers(plt, result):
         color, hatch, *_ = STRATEGIES[look]
         at = [x + 0.27 * (i - 1) for x in range(len(cases))]
         left.bar(at, values, 0.27, label=label, color=color, hatch=hatch, edgecolor=INK)
-    left.set(ylabel="times sooner than computed", xlabel="tokens x requests", title="First token")
+    left.set(ylabel="times sooner", xlabel="tokens x requests", title="First token", ylim=(0, 5.2))
     names = [f"{case['tokens'] // 1000}k x {case['requests']}" for case in cases]
     left.set_xticks(range(len(names)), names, fontsize=8)
     left.axhline(1, color=INK, linewidth=0.8)
