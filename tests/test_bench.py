@@ -222,6 +222,8 @@ def test_requests_are_served(load, call, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serve, "ALONE", 2)
     monkeypatch.setattr(serve, "SMOLLM2", tiny)
     monkeypatch.setattr(serve, "apart", lambda function, *args: (function(*args), 0))
+    asked, run_strategy = [], serve.run_strategy
+    monkeypatch.setattr(serve, "run_strategy", lambda *a: asked.append(a[4:]) or run_strategy(*a))
     options = ["--rounds", 1, "--requests", 3, "--rates", 50, 500, "--json", file]
     call("serve", "--only", "naive", *options)
     call("serve", "--only", "int8", *options)
@@ -230,6 +232,8 @@ def test_requests_are_served(load, call, tiny, tmp_path, monkeypatch, capsys):
     for runs in rounds.values():
         for case in runs["0"][1:]:
             assert case["normalized_ms"] > 0 and case["steps"][-1][1] >= 1
+    at_rates = [("--rate", 50, "--seed", 0), ("--rate", 500, "--seed", 0)]
+    assert [options for options in asked if options] == 2 * at_rates
     assert "over naive's" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="give another --json"):
         call("serve", "--only", "naive", "--rounds", 1, "--requests", 4, "--json", file)
