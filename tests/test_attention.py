@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import attention, numba_help
+from support import attention, checkpoint, numba_help
 from support.attention import flash_attn_with_kvcache
 from support.checkpoint import linear, pack
 
@@ -200,13 +200,17 @@ def test_attention_in_float16_does_not_overflow():
         torch.testing.assert_close(out, torch.full_like(out, 10))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_matrices_multiply_as_plain_ones(dtype):
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_matrices_multiply_as_plain_ones(monkeypatch, dtype, instructions):
+    """Also as on a CPU that cannot multiply bfloat16."""
+    if not instructions:
+        monkeypatch.setattr(checkpoint, "multiplies_bfloat16", lambda: False)
     torch.manual_seed(0)
     x, weight = torch.randn(5, 70, dtype=dtype), torch.randn(33, 70, dtype=dtype)
     packed = pack(weight)
-    can = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert packed.is_mkldnn == bool(dtype == torch.bfloat16 and can)
+    assert packed.is_mkldnn == (dtype == torch.bfloat16 and checkpoint.multiplies_bfloat16())
+    assert packed.is_mkldnn or packed.dtype == torch.float32
     expected = (x.double() @ weight.double().T).to(dtype)
     torch.testing.assert_close(linear(x, packed), expected, rtol=0.01, atol=0.01)
 
