@@ -154,8 +154,8 @@ class WindowCache(PagedCache):
     """
 
     def __init__(self, sink, window, chunk, rotate, *others):
-        """In tokens; chunk: the most new ones of a row in a step. rotate(keys, n): RoPE by n more
-        positions. The others are PagedCache's."""
+        """In tokens; chunk: the most new ones of a row in a step. rotate(keys, by): RoPE of keys
+        (..., D) by so many more positions (...). The others are PagedCache's."""
         super().__init__(*others)
         size, (max_rows, width) = self.block_size, self.block_table.shape
         self.sink, self.window, self.chunk = blocks_for(sink, size), window, chunk
@@ -193,7 +193,7 @@ class WindowCache(PagedCache):
         behind.copy_(behind.roll(-n))
         self.seq_len[row] -= n * self.block_size
         self.n_evicted[row] += n * self.block_size
-        self.kv[:, 0, sink] = self.rotate(self.sink_keys[row], self.n_evicted[row]).to(self.kv)
+        self.kv[:, 0, sink] = self.rotate(self.sink_keys[row], self.n_evicted[[row]]).to(self.kv)
         self.counts["dropped"] += n
 
 

@@ -129,7 +129,7 @@ def generate(model, cache, requests, chat, args, stats):
             seq_len[row] += len(new[row])
         # The batch is static: who has ended still reserves a row, but uses nothing.
         used = sum(seq_len[list(running)].tolist())
-        stats.sample(n_rows, len(waiting), n_rows * args.max_seq_len, used)
+        stats.sample(new, n_rows, len(waiting), n_rows * args.max_seq_len, used)
         if args.trace:
             cells = trace.rows(stats.naive_fits, args.max_seq_len, batch, seq_len, running)
             stats.trace(cells, waiting)

@@ -140,7 +140,7 @@ def generate(model, cache, requests, chat, args, stats):
             chosen = choose(logits, args.temperature)
         with stats.clock("manager"):
             cache.advance(new)
-            stats.sample(len(running), len(waiting), *cache.usage())  # What ends now was there.
+            stats.sample(new.values(), len(running), len(waiting), *cache.usage())
             if args.trace:
                 stats.trace(trace.tiers(cache, running, waiting), waiting)
             for (row, tokens), token in zip(new.items(), chosen, strict=True):
@@ -164,16 +164,17 @@ def make_cache(args, params, stats, longest):
     if not args.window:
         return TieredCache(n_dram, *paged)
     chunk = min(512, args.window)  # A prompt's tokens in a step: so many does a row see beside.
-    window = (args.sink, args.window, chunk)
-    if args.top_k:
-        return RetrievalCache(n_dram, args.top_k, *window, *paged)
 
-    def rotate(keys, n):
-        """Keys (..., D) as they would be n positions further on."""
+    def rotate(keys, by):
+        """Keys (..., D) as they would be so many positions (...) further on, on the CPU."""
         pairs = torch.view_as_complex(keys.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * rotations(params, n.view(1)).cpu()).flatten(-2)
+        rotation = rotations(params, by.flatten()).view(*by.shape, -1)
+        return torch.view_as_real(pairs * rotation).flatten(-2)
 
-    return WindowCache(*window, rotate, *paged)
+    window = (args.sink, args.window, chunk, rotate, *paged)
+    if args.top_k:
+        return RetrievalCache(n_dram, args.top_k, params["context"], *window)
+    return WindowCache(*window)
 
 
 @torch.inference_mode()
@@ -181,7 +182,7 @@ def main(argv=None):
     args = parse(parser, argv)
     if not args.window and (args.sink or args.top_k):
         parser.error("--sink and --top-k need a --window")
-    endless = args.window and not args.top_k  # With top-k, keys keep their positions.
+    endless = args.window and not args.top_k  # With top-k, DRAM has room for all of a text.
     args.max_seq_len = 10**9 if endless else args.max_seq_len  # No limit on requests.
     model, encoding, chat = load(args)
     requests = read_requests(args, encoding, chat, args.turns)

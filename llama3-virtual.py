@@ -132,7 +132,7 @@ def generate(model, cache, requests, chat, args, stats):
             chosen = choose(logits, args.temperature)
         with stats.clock("manager"):
             cache.advance(new)
-            stats.sample(len(running), len(waiting), *cache.usage())  # What ends now was there.
+            stats.sample(new.values(), len(running), len(waiting), *cache.usage())
             if args.trace:
                 stats.trace(trace.pages(cache, running), waiting)
             for (row, tokens), token in zip(new.items(), chosen, strict=True):

@@ -44,18 +44,16 @@ PAGE = mmap.PAGESIZE
 # --- The oracle: Llama 3 without a cache ----------------------------------------------------------
 
 
-def plain_forward(params, w, tokens, seen=None):
+def plain_forward(params, w, tokens, key_at=None):
     """Logits after the last of `tokens`, by full attention in float32, one head at a time.
 
-    seen (T, T): the keys that each query sees, if not all before it. Then these have consecutive
-    positions, so that a key has another one for each query (StreamingLLM).
+    key_at (T, T): which position each query sees each key at, below 0 if it does not see it.
     """
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
-    T, D = len(tokens), params["dim"] // H
-    visible = torch.ones(T, T, dtype=torch.bool).tril() if seen is None else seen
+    T, D, plain = len(tokens), params["dim"] // H, key_at is None
+    visible = torch.ones(T, T, dtype=torch.bool).tril() if plain else key_at >= 0
     mask = torch.zeros(T, T).masked_fill(~visible, -math.inf)
-    key_at = torch.arange(T) if seen is None else seen.cumsum(1) - 1  # (T,) or (T, T)
-    query_at = key_at if seen is None else key_at.diagonal()
+    key_at, query_at = (torch.arange(T),) * 2 if plain else (key_at, key_at.diagonal())
 
     def norm(x, weight):
         return x * (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * weight
@@ -75,7 +73,7 @@ def plain_forward(params, w, tokens, seen=None):
             g = h // (H // Hkv)
             qh = rope(q[:, h * D : h * D + D], query_at)  # (T, D)
             kh = rope(k[:, g * D : g * D + D], key_at)  # (T, D), or for each query its own
-            scores = qh @ kh.T if seen is None else (kh @ qh[..., None]).squeeze(-1)
+            scores = qh @ kh.T if plain else (kh @ qh[..., None]).squeeze(-1)
             scores = scores / math.sqrt(D) + mask
             heads.append(scores.softmax(-1) @ v[:, g * D : g * D + D])
         x = x + torch.cat(heads, dim=1) @ layer["o"].T
@@ -102,15 +100,15 @@ def meta_frequencies(params):
     return torch.tensor(result, dtype=torch.float64)
 
 
-def plain_generate(folder, prompt, limit, stop=(), seen=None):
-    """The greedy answer to `prompt`, at most `limit` tokens. seen(T): see plain_forward."""
+def plain_generate(folder, prompt, limit, stop=(), places=None):
+    """The greedy answer to `prompt`, at most `limit` tokens. places(T): plain_forward's key_at."""
     params = json.loads((folder / "params.json").read_text())
     w = torch.load(folder / "consolidated.00.pth", weights_only=True)
     w = {name: weight.float() for name, weight in w.items()}
     answer = []
     while len(answer) < limit and not (answer and answer[-1] in stop):
-        all_seen = seen and seen(len(prompt + answer))
-        best = plain_forward(params, w, prompt + answer, all_seen).topk(2)
+        key_at = places and places(len(prompt + answer))
+        best = plain_forward(params, w, prompt + answer, key_at).topk(2)
         assert best.values[0] - best.values[1] > 1e-4, "a near tie: rounding decides this token"
         answer.append(best.indices[0].item())
     return answer
@@ -519,19 +517,21 @@ def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, layo
         assert result["preemptions"] >= 10
 
 
-def seen_by(n_prompt, sink, window, block_size, chunk=None):
-    """What tokens see: the sink's blocks, and those with one of the `window` tokens that end with
-    the first token of the step. The prompt goes in chunks, then each token is a step.
+def in_window(n_prompt, sink, window, block_size, chunk=None):
+    """A function of T that returns plain_forward's key_at. Seen are the sink's blocks, and those
+    with one of the `window` tokens that end with the first token of the step: prompts in chunks,
+    then each token. What is seen has consecutive positions (StreamingLLM).
     """
 
-    def seen(T):
+    def places(T):
         t = torch.arange(T)
         first = torch.where(t < n_prompt, t // (chunk or window) * (chunk or window), t)[:, None]
         last_of_block = t // block_size * block_size + block_size - 1
         kept = (last_of_block > first - window) | (t < -(-sink // block_size) * block_size)
-        return kept & (t <= t[:, None])
+        seen = kept & (t <= t[:, None])
+        return torch.where(seen, seen.cumsum(1) - 1, -1)
 
-    return seen
+    return places
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
@@ -548,18 +548,18 @@ def test_sink_and_window_equal_recomputed_attention(
     result = run(TIERED, tiny, tmp_path, texts, *options)
     for text, answer in zip(texts, answers(result), strict=True):
         prompt = tiny_prompt(text)
-        seen = seen_by(len(prompt), sink, window, block_size)
-        assert answer == plain_generate(tiny, prompt, limit, (), seen)
+        places = in_window(len(prompt), sink, window, block_size)
+        assert answer == plain_generate(tiny, prompt, limit, (), places)
     assert result["tiers"]["dropped"] > 100 // block_size
     logits.clear()
     (answer,) = answers(run(TIERED, tiny, tmp_path, texts[3:4], *options))
     prompt = tiny_prompt(texts[3])
     params = json.loads((tiny / "params.json").read_text())
     w = torch.load(tiny / "consolidated.00.pth", weights_only=True)
-    seen = seen_by(len(prompt), sink, window, block_size)
+    places = in_window(len(prompt), sink, window, block_size)
     for n in (0, 1, 20, limit - 1):
         tokens = prompt + answer[:n]
-        expected = plain_forward(params, w, tokens, seen(len(tokens)))
+        expected = plain_forward(params, w, tokens, places(len(tokens)))
         torch.testing.assert_close(logits[n - limit][0], expected, atol=2e-4, rtol=1e-4)
 
 

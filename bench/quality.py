@@ -21,6 +21,7 @@ import random
 import statistics
 import time
 from argparse import Namespace
+from collections import deque
 from contextlib import redirect_stdout
 from functools import partial
 from pydoc_data.topics import topics
@@ -37,6 +38,8 @@ from support import attention
 from support.report import Stats
 
 SHARES, BUCKET, CONTEXT = (2, 4, 8, 16), 1024, 8192  # CONTEXT: SmolLM2's.
+FAR = 4096  # Tokens in HBM of texts beyond it, where shares are not asked for.
+GOLDEN = (5**0.5 - 1) / 2  # Its multiples, modulo 1, lie well spread, however many there are.
 NOISE = "The hills are brown. A cart goes by. The bread is warm. Somebody hums. It is late. "
 NEEDLE = "Remember: the code of the {key} is {number}. "
 QUESTION, ANSWER = "Question: what is the code of the {key}?", "The code of the {key} is"
@@ -79,41 +82,38 @@ class Bench:
         if codec := policy.get("compress"):
             cache = CompressedCache(codec, blocks_for(longest, 32), 32, 1, longest, *place)
         elif policy:
-            # For the text, what comes back and the bounds: a window takes what it needs of it.
-            self.stats.budget = 3 * width * 16 * self.stats.bytes_per_token
             cache = self.script.make_cache(args, self.model[0], self.stats, longest)
         else:
             cache = PagedCache(width, 16, 1, longest, *place)
         cache.admit([0] * longest)
         return cache
 
-    def step(self, cache, tokens):
-        """Logits (T, vocab) after each of these tokens."""
+    def step(self, cache, tokens, each=True):
+        """Logits (T, vocab) after each of these tokens, or (1, vocab) after the last."""
         first = int(cache.positions()[0])
         seq_len, block_table = cache.tables([0])
 
         def attend(layer, some, q, k, v):
             # For logits after each, a token is a request to the model; to attention, all are one.
-            q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (1, T, heads, D)
+            q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))  # (1, T, heads, D)
             places = {"cache_seqlens": seq_len, "block_table": block_table}
             if isinstance(cache, CompressedCache):
-                return cache.attend(layer, q, k, v, **places).transpose(0, 1)
+                return cache.attend(layer, q, k, v, **places)
             if isinstance(cache, RetrievalCache):
                 places = cache.retrieve(layer, [0], q, **places)
             places["causal"] = True
-            out = attention.flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places)
-            return out.transpose(0, 1)
+            return attention.flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places)
 
-        places = range(first, first + len(tokens))
-        logits = self.script.forward(self.model, [[token] for token in tokens], places, attend)
+        new = [[token] for token in tokens] if each else [tokens]
+        logits = self.script.forward(self.model, new, range(first, first + len(new)), attend)
         cache.advance({0: tokens})
         return logits
 
-    def read(self, cache, tokens, chunk=None):
-        """Logits after each token, in chunks."""
+    def read(self, cache, tokens, chunk=None, each=True):
+        """Logits after each token, or the last, of each chunk in turn."""
         chunk = chunk or getattr(cache, "chunk", 512)
         for start in range(0, len(tokens), chunk):
-            yield self.step(cache, tokens[start : start + chunk]).float()
+            yield self.step(cache, tokens[start : start + chunk], each).float()
 
     def logits(self, tokens, chunk=None, **policy):
         """Logits (T, vocab) after each token of a text, and the cache that is left."""
@@ -121,12 +121,11 @@ class Bench:
         return torch.cat(list(self.read(cache, tokens, chunk))), cache
 
     def hbm_bytes(self, cache):
-        """What the text takes in HBM: its blocks there, and the bounds of those that have left."""
+        """What the text takes in HBM."""
         size = cache.block_size
         n = blocks_for(int(cache.seq_len[0]), size) * size
-        if isinstance(cache, RetrievalCache):  # Bounds are as long as the key and value of a token.
-            n_away = len(cache.away[0].in_dram)
-            n += min(cache.top_k, n_away) * size + n_away
+        if isinstance(cache, RetrievalCache):
+            n += min(cache.top_k, cache.away[0].n) * size
         if isinstance(cache, CompressedCache):
             n += cache.packed.n * size * cache.packed_bytes / cache.block_bytes
         return n * self.stats.bytes_per_token
@@ -235,7 +234,7 @@ def needle_prompt(bench, n, depth, seed):
 def finds(bench, prompt, number, policy):
     """Whether the number is in the model's next ten tokens."""
     cache, answer = bench.cache(len(prompt) + 12, **policy), []
-    *_, logits = bench.read(cache, prompt)
+    logits = deque(bench.read(cache, prompt, each=False), maxlen=1)[0]
     for _ in range(10):
         answer.append(int(logits[-1].argmax()))
         logits = bench.step(cache, answer[-1:])
@@ -243,16 +242,23 @@ def finds(bench, prompt, number, policy):
 
 
 def needle(bench, args):
-    """Needles at depths from the beginning to the end of the text."""
-    depths = [i / max(1, args.depths - 1) for i in range(args.depths)]
+    """Needles at depths spread over the text; those that were looked for earlier count."""
     for n in args.lengths:
-        prompts = [needle_prompt(bench, n, depth, seed) for seed, depth in enumerate(depths)]
-        cases = {("full", 1): {}}
-        cases |= {(name, None): policy for name, policy in COMPRESSED.items()}
-        cases |= {(name, s): p for s in args.shares for name, p in policies(n // s).items()}
+        shares, cases = [n // FAR], {}
+        if n <= CONTEXT:
+            shares, cases = args.shares, {("full", 1): {}}
+            cases |= {(name, None): policy for name, policy in COMPRESSED.items()}
+        cases |= {(name, s): p for s in shares for name, p in policies(n // s).items()}
         for (name, share), policy in cases.items():
-            found = [finds(bench, *prompt, policy) for prompt in prompts]
-            yield {"tokens": n, "policy": name, "share": share, "found": found}
+            case = {"tokens": n, "policy": name, "share": share, "found": [], "seconds": []}
+            for old in args.needles:
+                if all(old[key] == case[key] for key in ("tokens", "policy", "share")):
+                    case |= old
+            for i in range(len(case["found"]), args.depths):
+                prompt, start = needle_prompt(bench, n, i * GOLDEN % 1, i), time.perf_counter()
+                case["found"].append(finds(bench, *prompt, policy))
+                case["seconds"].append(time.perf_counter() - start)
+                yield case
 
 
 # --- Tables ---------------------------------------------------------------------------------------
@@ -274,7 +280,11 @@ def print_tables(result):
     print("\nNeedles found")
     cases = result.get("needle", [])
     cases = sorted(cases, key=lambda case: (case["tokens"], case["policy"], case["share"] or 0))
-    table([{**case, "found": f"{sum(case['found'])} of {len(case['found'])}"} for case in cases])
+    for case in cases:
+        case["found"] = f"{sum(case['found'])} of {len(case['found'])}"
+        if seconds := case.pop("seconds", None):
+            case["s / 1000"] = statistics.median(seconds) * 1000 / case["tokens"]
+    table(cases)
 
 
 PARTS = {"speed": speed, "kept": kept, "perplexity": perplexity, "needle": needle}
@@ -292,7 +302,7 @@ def main():
     add("--depths", type=int, default=20, help="needles for each length (20)")
     args = parser.parse_args()
     result = json.loads(args.json.read_text()) if args.json.exists() else {}
-    bench = None if args.show else Bench()
+    bench, args.needles = None if args.show else Bench(), result.get("needle", [])
     for part in [] if args.show else args.only:
         for case in PARTS[part](bench, args):
             names = {name: case[name] for name in CASE if name in case}

@@ -10,7 +10,7 @@ from collections import Counter, OrderedDict
 
 import torch
 
-from kvcache import BlockPool, WindowCache, blocks_for
+from kvcache import WindowCache, blocks_for
 
 
 def bounds_of(keys):
@@ -30,7 +30,7 @@ def highest_scores(q, bounds):
     return scores.transpose(1, 2)
 
 
-def top_blocks(q, bounds, keys_of, top_k):
+def top_blocks(q, keys, bounds, top_k):
     """The numbers of the top_k blocks that q (Hkv, T, D) wants, of n with bounds (2, Hkv, n, D).
 
     Each query divides its attention over the blocks, and a block counts as much as the most that it
@@ -39,90 +39,98 @@ def top_blocks(q, bounds, keys_of, top_k):
     among these. (Bounds are far above the keys in heads as small as SmolLM2's: by them alone, 14 of
     20 needles were found in 2,000 tokens with room for an eighth.) top_k is at most n.
 
-    keys_of(numbers): the keys of these blocks (blocks, Hkv, block_size, D), wherever they are.
+    keys: (Hkv, n or more, block_size, D).
     """
-    numbers = list(range(bounds.shape[2]))
+    numbers = torch.arange(bounds.shape[2])
     if len(numbers) > 4 * top_k:
-        shares = highest_scores(q, bounds).float().softmax(2).amax((0, 1))
-        numbers = shares.topk(4 * top_k).indices.tolist()
-    keys = keys_of(numbers).transpose(0, 1)  # (Hkv, blocks, block_size, D)
-    scores = q.to(keys.device) @ keys.flatten(1, 2).transpose(1, 2)
-    shares = scores.float().softmax(2).unflatten(2, keys.shape[1:3]).sum(3).amax((0, 1))
-    return [numbers[i] for i in shares.topk(top_k).indices.tolist()]
+        shares = highest_scores(q, bounds.float()).softmax(2).amax((0, 1))
+        numbers = shares.topk(4 * top_k).indices
+    keys = keys.index_select(1, numbers).float()
+    scores = q @ keys.flatten(1, 2).transpose(1, 2)
+    shares = scores.softmax(2).unflatten(2, keys.shape[1:3]).sum(3).amax((0, 1))
+    return numbers[shares.topk(top_k).indices].tolist()
 
 
 class Away:
     """Of one row, the blocks that have left its window, numbered in the order of the text."""
 
-    def __init__(self, ids, top_k, n_layers):
-        self.in_dram = []  # The id in DRAM of each.
-        # Blocks in HBM for those that are back, and for the bounds of all.
-        self.slots, self.bounds = ids[:top_k], ids[top_k:]
+    def __init__(self, slots, n_layers):
+        self.n = 0  # How many are in DRAM.
+        self.slots = slots  # Blocks in HBM for those that are back.
         # Which block is in which slot, {number: slot}, differs from layer to layer. The least
         # recently used first.
         self.held = [OrderedDict() for _ in range(n_layers)]
+        self.far = 0  # Where those in the slots are, if they have no positions of their own.
 
 
 class RetrievalCache(WindowCache):
-    """A WindowCache that remembers: what leaves the window waits in DRAM, its bounds in HBM.
+    """A WindowCache that remembers: what leaves the window waits in DRAM.
 
     In each step and layer, the blocks that the new queries want most come back into slots of the
-    row's own; what was chosen before and is there still need not be copied. Keys keep their
-    positions, so that with room for all blocks this is full attention.
+    row's own; what was chosen before and is there still need not be copied. Bounds and keys are
+    looked at in DRAM, so that in HBM a row takes the same room however long it gets.
+
+    If all texts fit the model's context, keys keep their positions: with room for all blocks this
+    is full attention. If not, the sink walks, as in WindowCache, and what comes back is put beside
+    it, all at one position, whose distance the model has seen (InfLLM, Xiao et al. 2024, section
+    3.2). For that, keys are in DRAM as they were before RoPE. (docs/window.svg)
     """
 
-    def __init__(self, n_dram, top_k, sink, window, chunk, *others):
-        """n_dram: blocks in DRAM; top_k: tokens that come back. The others as WindowCache's."""
-        super().__init__(sink, window, chunk, lambda keys, by: keys, *others)
-        size, width = self.block_size, self.block_table.shape[1]
+    def __init__(self, n_dram, top_k, context, sink, window, chunk, rotate, *others):
+        """n_dram: blocks in DRAM; top_k: tokens that come back; context: the most that the model
+        was trained on. The others as WindowCache's."""
+        max_seq_len = others[3]
+        self.walks = max_seq_len > context
+        rotate = rotate if self.walks else lambda keys, by: keys
+        super().__init__(sink, window, chunk, rotate, *others)
+        size, (max_rows, width) = self.block_size, self.block_table.shape
         # The most blocks that leave a row, and that come back to it at a time.
         self.n_far = max(0, (width * size + 1 - window) // size - self.sink)
         self.top_k = min(self.n_far, blocks_for(top_k, size))
-        # The bounds of a block are kept as a token's key (the largest) and value (the smallest).
-        self.n_beside = self.top_k + blocks_for(self.n_far, size)
-        block = self.kv.shape[:2] + self.kv.shape[3:]
-        self.dram = torch.empty(n_dram, *block, dtype=self.kv.dtype)
-        self.dram_pool, self.away = BlockPool(n_dram), {}
+        # Each row has room for all of its blocks; their bounds are two tokens' keys.
+        n_rooms = n_dram * size // (self.n_far * (size + 1)) if self.n_far else max_rows
+        L, _, _, Hkv, _, D = self.kv.shape
+        room = (min(max_rows, n_rooms), L, 2, Hkv, self.n_far)
+        self.dram = torch.empty(*room, size, D, dtype=self.kv.dtype)
+        self.bounds = torch.empty(*room, D, dtype=self.kv.dtype)
+        self.away = {}  # Of each row.
         self.counts = Counter(shared=0, fetched=0, spilled=0, dropped=0)  # Blocks.
 
     def can_admit(self, tokens):
-        n_hbm, n_dram = self.row_blocks + self.n_beside, (len(self.away) + 1) * self.n_far
-        return n_hbm <= self.n_free() and n_dram <= len(self.dram)
+        # Rows are numbered from 0 on, as few as there can be: a row's number is its room's.
+        return self.row_blocks + self.top_k <= self.n_free() and len(self.away) < len(self.dram)
 
     def admit(self, tokens):
-        row, ids = super().admit(tokens), self.alloc(self.n_beside)
-        self.away[row] = Away(ids, self.top_k, len(self.kv))
+        row, slots = super().admit(tokens), self.alloc(self.top_k)
+        self.away[row] = Away(slots, len(self.kv))
         return row
 
     def evict(self, row, n):
-        """The n blocks behind the sink go to DRAM. The sink stays as it is."""
-        ids, away = self.block_table[row, self.sink : self.sink + n].tolist(), self.away[row]
-        numbers = torch.arange(len(away.in_dram), len(away.in_dram) + n)
-        away.in_dram += self.dram_pool.alloc(n)
-        self.dram[away.in_dram[-n:]] = self.kv[:, :, ids].movedim(2, 0).to("cpu")
-        blocks = torch.tensor(away.bounds)[numbers // self.block_size]
-        bounds = bounds_of(self.kv[:, 0, ids])  # (2, L, n, Hkv, D)
-        bounds = bounds.permute(2, 1, 0, 3, 4)  # (n, L, 2, Hkv, D)
-        for block, number, both in zip(blocks, numbers, bounds, strict=True):
-            self.kv[:, :, block, :, number % self.block_size] = both
+        """The n blocks behind the sink go to DRAM."""
+        away, size = self.away[row], self.block_size
+        new, ids = slice(away.n, away.n + n), self.block_table[row, self.sink :][:n].long()
+        blocks = self.kv[:, :, ids].transpose(2, 3).cpu()  # (L, 2, Hkv, n, size, D)
+        positions = (self.sink + away.n) * size + torch.arange(n * size).view(n, size)
+        blocks[:, 0] = self.rotate(blocks[:, 0], -positions)
+        self.dram[row, :, :, :, new] = blocks
+        self.bounds[row, :, :, :, new] = bounds_of(blocks[:, 0]).transpose(0, 1)
+        away.n += n
         super().evict(row, n)
         self.counts.update(spilled=n, dropped=-n)  # Not lost, as WindowCache.evict() counts.
+        if self.walks and self.n_evicted[row] - away.far > self.chunk:
+            # What is back is too far behind the sink. It comes again, and is put there.
+            away.far = int(self.n_evicted[row])
+            away.held = [OrderedDict() for _ in away.held]
 
     def choose(self, layer, row, q):
-        """The numbers of the blocks that q (T, H, D) wants back. Their keys are read in DRAM."""
-        away, (T, _, D), Hkv = self.away[row], q.shape, self.kv.shape[3]
-        n = len(away.in_dram)
-        if n <= self.top_k:
-            return range(n)
-        bounds = self.kv[layer][:, away.bounds[: blocks_for(n, self.block_size)]]
-        bounds = bounds.transpose(1, 2).flatten(2, 3)[:, :, :n]  # (2, Hkv, n, D)
-        q = (q * D**-0.5).view(T, Hkv, -1, D).transpose(0, 1).flatten(1, 2)
-
-        def keys_of(numbers):  # index_select is twice as fast as self.dram[ids, layer, 0].
-            ids = torch.tensor([away.in_dram[number] for number in numbers])
-            return self.dram[:, layer, 0].index_select(0, ids)
-
-        return top_blocks(q, bounds, keys_of, self.top_k)
+        """The numbers of the blocks that q (T, H, D) wants back; of many, the last 32 decide."""
+        away, Hkv = self.away[row], self.kv.shape[3]
+        if away.n <= self.top_k:
+            return range(away.n)
+        q = self.rotate(q[-32:].cpu(), torch.tensor([-away.far])).float() * q.shape[2] ** -0.5
+        q = q.unflatten(1, (Hkv, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T H / Hkv, D)
+        bounds = self.bounds[row, layer, :, :, : away.n]
+        return top_blocks(q, self.dram[row, layer, 0], bounds, self.top_k)
 
     def fetch(self, layer, row, numbers):
         """Bring these blocks into HBM, where they are not there; returns their slots."""
@@ -135,8 +143,10 @@ class RetrievalCache(WindowCache):
             full = len(held) == len(away.slots)
             held[number] = held.popitem(last=False)[1] if full else away.slots[len(held)]
         if absent:
-            blocks = self.dram[[away.in_dram[number] for number in absent], layer].transpose(0, 1)
-            self.kv[layer][:, [held[number] for number in absent]] = blocks.to(self.kv.device)
+            blocks = self.dram[row, layer][:, :, absent]  # (2, Hkv, n, size, D)
+            blocks[0] = self.rotate(blocks[0], torch.tensor([away.far]))
+            slots = [held[number] for number in absent]
+            self.kv[layer][:, slots] = blocks.transpose(1, 2).to(self.kv.device)
         L = len(self.kv)  # Counted in blocks of all layers; shared: hits, fetched: misses.
         self.counts["fetched"] += len(absent) / L
         self.counts["shared"] += (len(numbers) - len(absent)) / L
@@ -146,7 +156,7 @@ class RetrievalCache(WindowCache):
         """Lengths and tables of these rows (a list) with the blocks that q (B, T, H, D) wants back.
 
         cache_seqlens (B,) and block_table (B, width) are tables()'. What comes back stands between
-        the sink and the window, in any order, since these keys have their positions.
+        the sink and the window, in any order: positions are in the keys.
         """
         tables, lengths = [], []
         for i, (row, ids) in enumerate(zip(rows, block_table.tolist(), strict=True)):
@@ -159,11 +169,9 @@ class RetrievalCache(WindowCache):
 
     def usage(self):
         reserved, used = super().usage()
-        back = sum(min(self.top_k, len(away.in_dram)) for away in self.away.values())
-        return reserved, used - (len(self.away) * self.n_beside - back) * self.block_size
+        empty = sum(max(0, self.top_k - away.n) for away in self.away.values())
+        return reserved, used - empty * self.block_size
 
     def release(self, row):
-        away = self.away.pop(row)
-        self.pool.free(away.slots + away.bounds)
-        self.dram_pool.free(away.in_dram)
+        self.pool.free(self.away.pop(row).slots)
         super().release(row)

@@ -50,6 +50,7 @@ def load(args):
         params = {**usual, **params}
         # Llama 3.1's, and that of the small models of 3.2.
         params.setdefault("rope_scaling_factor", 8 if params["dim"] >= 4096 else 32)
+        params["context"] = 131072 if params.get("use_scaled_rope") else 8192  # Tokens.
         (shard,) = args.model.glob("consolidated.*.pth")
         w = torch.load(shard, mmap=args.device == "cuda", weights_only=True)
         w = {name.removesuffix(".weight"): weight for name, weight in w.items()}
@@ -77,11 +78,9 @@ def load(args):
         names = {"pat_str": chat["pattern"], "special_tokens": chat["special_tokens"]}
         encoding = tiktoken.Encoding("", mergeable_ranks=ranks, **names)
         chat["stop"] = {chat["special_tokens"][name] for name in chat["stop"]}
-    context = 131072 if params.get("use_scaled_rope") else 8192
-    endless = getattr(args, "window", None) and not args.top_k  # Positions do not grow then.
-    if args.max_seq_len > context and not endless:
-        print(f"This model was trained on texts of up to {context} tokens: expect little sense "
-              "from --max-seq-len beyond.", file=sys.stderr)  # fmt: skip
+    if args.max_seq_len > params["context"] and not getattr(args, "window", None):
+        print(f"This model was trained on texts of up to {params['context']} tokens: expect little "
+              "sense from --max-seq-len beyond.", file=sys.stderr)  # fmt: skip
     return (params, w), encoding, chat
 
 

@@ -56,7 +56,7 @@ class Stats:
         self.budget = int(usual if args.kv_gb is None else 1e9 * args.kv_gb)
         self.room = self.budget // size  # Tokens.
         self.naive_fits = self.room // args.max_seq_len
-        self.samples = []
+        self.samples, self.n_computed = [], 0  # Tokens, those of prompts included.
         self.seconds = {"prefill": 0.0, "decode": 0.0, "manager": 0.0, "idle": 0.0}
         self.preemptions, self.start = 0, None  # When the loop began.
         fits = f"{self.room:,} tokens or {self.naive_fits} rows of {args.max_seq_len:,}"
@@ -72,14 +72,19 @@ class Stats:
         finally:  # Ctrl-C, too.
             self.seconds[name] += time.perf_counter() - start
 
-    def sample(self, running, waiting, reserved, used):
-        """Note how many requests run and wait in this step, slots reserved and used; show it."""
+    def sample(self, new, running, waiting, reserved, used):
+        """Note how many requests run and wait in this step, slots reserved and used; show it.
+
+        new: the step's tokens, a list for each request.
+        """
         size, now = self.bytes_per_token, time.perf_counter()
         seconds = round(now - (self.start or now), 4)
         sample = Sample(seconds, running, waiting, round(reserved * size), round(used * size))
         self.samples.append(sample)
+        self.n_computed += sum(map(len, new))
         if sys.stderr.isatty():
-            line = f"step {len(self.samples)}: {running} running, {waiting} waiting"
+            line = f"step {len(self.samples)}: {self.n_computed:,} tokens computed, "
+            line += f"{running} running, {waiting} waiting"
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
     def trace(self, tiers, waiting):

@@ -86,14 +86,13 @@ def tiers(cache, running, waiting):
     """The caches of llama3-tiered.py."""
     found = blocks(cache, running)
     (_, size, hbm), dram = found["HBM"], {}
-    if hasattr(cache, "away"):  # A RetrievalCache: what is in DRAM, back from there, or a bound.
+    if hasattr(cache, "away"):  # A RetrievalCache: what is in DRAM, and back from there.
         for row, away in cache.away.items():
-            request = running[row].place[0]
-            n_back = min(len(away.in_dram), len(away.slots))
-            dram.update(dict.fromkeys(away.in_dram, (request, size)))
-            hbm.update(dict.fromkeys(away.slots[n_back:] + away.bounds, (request, 0)))
-            hbm.update(dict.fromkeys(away.slots[:n_back], (request, size)))
-        found["DRAM"] = (len(cache.dram), size, dram)
+            request, room = running[row].place[0], row * cache.n_far
+            dram.update(dict.fromkeys(range(room, room + away.n), (request, size)))
+            hbm.update(dict.fromkeys(away.slots[: away.n], (request, size)))
+            hbm.update(dict.fromkeys(away.slots[away.n :], (request, 0)))
+        found["DRAM"] = (len(cache.dram) * cache.n_far, size, dram)
     if hasattr(cache, "store"):  # A TieredCache: what is kept, and who waits for it.
         hbm.update(dict.fromkeys(cache.idle.values(), (None, KEPT)))
         dram.update(dict.fromkeys(cache.store.ids.values(), (None, KEPT)))

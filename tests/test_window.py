@@ -1,5 +1,6 @@
 """Sink, window and retrieval, beside what test_kvcache.py says of their answers."""
 
+import json
 import math
 import random
 from itertools import product
@@ -15,6 +16,7 @@ from test_kvcache import (
     BYTES_PER_TOKEN,
     TIERED,
     answers,
+    plain_forward,
     plain_generate,
     run,
     text_of,
@@ -60,14 +62,15 @@ def test_a_window_holds_as_many_tokens_as_planned():
     assert min(unused) == 0
 
 
+def rotate(keys, by):
+    """RoPE of keys (..., 6 or 8), whatever their layout, by positions (...)."""
+    angles = by[..., None] * torch.tensor([1.0, 0.3, 0.1, 0.03])[: keys.shape[-1] // 2]
+    pairs = torch.view_as_complex(keys.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
+
+
 def test_sinks_do_not_drift():
     """In bfloat16, after a thousand evictions, the sink is one rotation away from what it was."""
-    params = {"dim": 8, "n_heads": 2, "rope_theta": 1e4}
-
-    def rotate(keys, n):
-        pairs = torch.view_as_complex(keys.float().unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * TIERED.rotations(params, n.view(1))).flatten(-2)
-
     paged = (9, 4, 1, 10**4, (2, 1, 4), torch.bfloat16, "cpu")
     cache = WindowCache(4, 8, 4, rotate, *paged)
     row = cache.admit([])
@@ -76,7 +79,7 @@ def test_sinks_do_not_drift():
     cache.advance({row: [0] * 4})
     for _ in range(1000):
         cache.advance({row: [0] * 4})
-    n = cache.n_evicted[row]
+    n = cache.n_evicted[[row]]
     assert n > 3900 and torch.equal(cache.kv[:, 0, sink], rotate(stored, n).bfloat16())
 
 
@@ -98,10 +101,11 @@ def test_a_bound_is_at_least_each_score_in_its_block(data):
     assert torch.equal(highest_scores(q, one)[..., None], scores[..., :1])
 
 
-def retrieval_cache(n_away, top_k, size=4):
+def retrieval_cache(n_away, top_k, size=4, context=10**9):
     """A cache of one row from whose window n_away blocks have left, and what they held."""
     paged = (40, size, 1, (n_away + 2) * size, (3, 2, 6), torch.float32, "cpu")
-    cache = RetrievalCache(n_away, top_k * size, size, size, size, *paged)
+    window = (size, size, size, rotate)  # A block each: sink, window and chunk.
+    cache = RetrievalCache(2 * n_away, top_k * size, context, *window, *paged)
     row = cache.admit([])
     written = []
     for _ in range(n_away + 2):
@@ -118,7 +122,7 @@ def test_what_is_fetched_is_what_left(data):
     """Any choices, of as many blocks as there are slots and fewer, in each layer others."""
     n, top_k = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 5))
     cache, written = retrieval_cache(n, top_k)
-    assert len(cache.away[0].in_dram) == n
+    assert cache.away[0].n == n
     recent = [[] for _ in range(3)]
     for _ in range(12):
         layer = data.draw(st.integers(0, 2))
@@ -136,46 +140,113 @@ def test_what_is_fetched_is_what_left(data):
             assert torch.equal(cache.kv[layer][:, slot], written[i][layer])
         assert set(cache.away[0].held[layer]) == set(recent[layer])
     cache.release(0)
-    assert cache.n_free() == 40 and len(cache.dram_pool.free_ids) == n
+    assert cache.n_free() == 40 and not cache.away
 
 
+@pytest.mark.parametrize("context", [10**9, 1])
 @pytest.mark.parametrize("n", [7, 8, 30])
-def test_the_blocks_chosen_are_those_with_the_most_attention(n):
-    """Of the eight that by their bounds could have the most."""
+def test_the_blocks_chosen_are_those_with_the_most_attention(n, context):
+    """Of the eight that by their bounds could have the most, wherever the keys are put."""
     torch.manual_seed(0)
-    cache, written = retrieval_cache(n, 2)
-    unlike = 0
+    cache, written = retrieval_cache(n, 2, context=context)
+    away, unlike = cache.away[0], 0
+    assert (away.far > 0) == (context == 1)
     for layer in range(3):
         q = 3 * torch.randn(5, 4, 6)  # Five queries of four heads, two for each key head.
         could, has = torch.zeros(2, n)
         keys = torch.stack([block[layer, 0] for block in written[:n]])  # (n, 2, 4, 6)
+        seen = q  # As the keys in DRAM see it.
+        if context == 1:  # Block 0 is behind a sink of four tokens.
+            keys = rotate(keys, -4 - torch.arange(4 * n).view(n, 1, 4))
+            seen = rotate(q, torch.tensor([-away.far]))
         for t, h in product(range(5), range(4)):
             of_head = keys[:, h // 2]
-            bound = torch.maximum(q[t, h] * of_head.amax(1), q[t, h] * of_head.amin(1)).sum(1)
-            could = torch.maximum(could, (bound / math.sqrt(6)).softmax(0))
+            bound = torch.maximum(seen[t, h] * of_head.amax(1), seen[t, h] * of_head.amin(1))
+            could = torch.maximum(could, (bound.sum(1) / math.sqrt(6)).softmax(0))
         best = could.topk(min(8, n)).indices
         for t, h in product(range(5), range(4)):
-            scores = keys[best, h // 2] @ q[t, h] / math.sqrt(6)
+            scores = keys[best, h // 2] @ seen[t, h] / math.sqrt(6)
             has[best] = torch.maximum(has[best], scores.flatten().softmax(0).view(-1, 4).sum(1))
         assert set(cache.choose(layer, 0, q)) == set(has.topk(2).indices.tolist())
         unlike += set(has.topk(2).indices.tolist()) != set(could.topk(2).indices.tolist())
     assert unlike  # By the bounds alone it would be others.
 
 
+def far_away(n_prompt, sink, window, block_size, chunk):
+    """What tokens see when everything that has left the window comes back, in a text that is longer
+    than the model's context. As test_kvcache.in_window(): a function that returns key_at.
+
+    The sink walks, right before the window. All that has left is where the sink began when it last
+    came: it comes again when the sink has walked on by more than a chunk.
+    """
+    n_sink = blocks_for(sink, block_size) * block_size
+
+    def places(T):
+        rows, s, first, far = [], torch.arange(T), 0, 0
+        while first < T:
+            n_new = min(chunk, n_prompt - first) if first < n_prompt else 1
+            n_left = max(0, (first + 1 - window) // block_size * block_size - n_sink)
+            far = n_left if n_left - far > chunk else far
+            key_at = torch.where(s < n_sink, s + n_left, s)
+            key_at[(s >= n_sink) & (s < n_sink + n_left)] = far
+            for t in range(first, min(first + n_new, T)):
+                rows.append(torch.where(s <= t, key_at, -1))
+            first += n_new
+        return torch.stack(rows)
+
+    return places
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize(("sink", "window"), [(0, 12), (5, 7), (16, 32)])
+def test_far_keys_equal_recomputed_attention(tmp_path, tiny, monkeypatch, block_size, sink, window):
+    """Logits and tokens, with room for everything, prompts shorter and longer than the context."""
+    logits, choose, load = [], TIERED.choose, TIERED.load
+    monkeypatch.setattr(TIERED, "choose", lambda *a: logits.append(a[0].clone()) or choose(*a))
+
+    def load_with_a_small_context(args):
+        (params, w), *others = load(args)
+        return ({**params, "context": 50}, w), *others
+
+    monkeypatch.setattr(TIERED, "load", load_with_a_small_context)
+    texts, limit = [text_of(n, seed=n) for n in (3, 90)], 45
+    options = ["--sink", sink, "--window", window, "--block-size", block_size, "--top-k", 200]
+    options += ["--max-new-tokens", limit, "--ignore-stop"]
+    result = run(TIERED, tiny, tmp_path, texts, *options)
+    assert result["tiers"]["spilled"] > 60 // block_size and not result["tiers"]["dropped"]
+    for text, answer in zip(texts, answers(result), strict=True):
+        prompt = tiny_prompt(text)
+        places = far_away(len(prompt), sink, window, block_size, window)
+        assert answer == plain_generate(tiny, prompt, limit, (), places)
+    logits.clear()
+    (answer,) = answers(run(TIERED, tiny, tmp_path, texts[1:], *options))
+    prompt = tiny_prompt(texts[1])
+    places = far_away(len(prompt), sink, window, block_size, window)
+    params = json.loads((tiny / "params.json").read_text())
+    w = torch.load(tiny / "consolidated.00.pth", weights_only=True)
+    for n in (0, 1, 20, limit - 1):
+        tokens = prompt + answer[:n]
+        expected = plain_forward(params, w, tokens, places(len(tokens)))
+        torch.testing.assert_close(logits[n - limit][0], expected, atol=2e-4, rtol=1e-4)
+
+
 def test_memory_set_aside_for_retrieval(tmp_path, tiny):
-    """Exactly enough for two requests, bounds included, runs two; a block less runs one."""
+    """Exactly enough for two requests in either tier runs two; a block less runs one."""
     texts = [text_of(90, seed=n) for n in range(3)]
-    # Sink and window; 24 tokens that come back; bounds of the 24 blocks that may leave.
-    need = (1 + blocks_for(4 + 10 - 2 + 10, 4)) + 6 + 6
+    need = (1 + blocks_for(4 + 10 - 2 + 10, 4)) + 6  # Sink and window; 24 tokens that come back.
+    need_dram = 24 * 5 / 4  # The 24 blocks that may leave, bounds included.
     options = ["--max-new-tokens", 20, "--ignore-stop", "--block-size", 4]
-    options += ["--sink", 4, "--window", 10, "--top-k", 24, "--kv-gb"]
-    for blocks, at_once in ((2 * need, 2), (2 * need - 1, 1)):
-        gb = (blocks + 0.01) * 4 * BYTES_PER_TOKEN / 1e9
-        result = run(TIERED, tiny, tmp_path, texts, *options, gb)
+    options += ["--sink", 4, "--window", 10, "--top-k", 24]
+    gb = 4 * BYTES_PER_TOKEN / 1e9
+    for hbm, dram, at_once in ((2, 2, 2), (2, 9, 2), (1.99, 9, 1), (9, 1.96, 1)):
+        # (Numbers of blocks are rounded down.)
+        tiers = ["--kv-gb", (hbm * need + 0.01) * gb, "--dram-gb", (dram * need_dram + 0.01) * gb]
+        result = run(TIERED, tiny, tmp_path, texts, *options, *tiers)
         assert result["max_batch"]["peak"] == at_once
         assert result["kv"]["peak_reserved_bytes"] == at_once * need * 4 * BYTES_PER_TOKEN
-    with pytest.raises(SystemExit, match="no room for the 111 tokens"):
-        run(TIERED, tiny, tmp_path, texts, *options, (need - 0.01) * 4 * BYTES_PER_TOKEN / 1e9)
+    for tier, blocks in (("--kv-gb", need), ("--dram-gb", need_dram)):
+        with pytest.raises(SystemExit, match="no room for the 111 tokens"):
+            run(TIERED, tiny, tmp_path, texts, *options, tier, (blocks - 0.01) * gb)
 
 
 def test_retrieval_on_smollm2_remembers_what_a_window_forgets(tmp_path, smollm2):
