@@ -1,7 +1,7 @@
 """Batched Llama 3 with a contiguous KV cache whose rows get memory page by page as they grow.
 
-    python llama3-virtual.py 49                                  the first 49 prompts, all at once
-    python llama3-virtual.py 49 --page-kb 2048 --layout token    with pages as a GPU has them
+    python llama3-virtual.py 49                   the first 49 prompts, all at once
+    python llama3-virtual.py 49 --page-kb 2048    with pages as a GPU has them
 
 Each request has a row of max_seq_len slots, as in llama3-naive.py, but of addresses only: the
 operating system, or the CUDA driver, puts memory behind them where tokens are (vAttention). The
@@ -99,7 +99,6 @@ def choose(logits, temperature):
 parser = shared_arguments(__doc__)
 add = parser.add_argument
 add("--page-kb", metavar="KB", type=at_least(1), help="(a page of the system; CUDA: 2048)")
-add("--layout", choices=["layer", "token"], help="pages by layer or token (layer; CUDA: token)")
 
 
 def generate(model, cache, requests, chat, args, stats):
@@ -153,10 +152,9 @@ def main(argv=None):
     stats = Stats(args, model[0])
     on_cuda = args.device == "cuda"
     page_bytes = 1024 * args.page_kb if args.page_kb else 2 << 20 if on_cuda else mmap.PAGESIZE
-    by_token = args.layout == "token" if args.layout else on_cuda
     rows = (args.n, args.max_seq_len, stats.shape, stats.dtype, args.device)
     with or_exit(f"{args.n} rows of {args.max_seq_len} slots cannot be had"):
-        cache = VirtualCache(stats.budget, page_bytes, by_token, *rows)
+        cache = VirtualCache(stats.budget, page_bytes, *rows)
     longest = max(request.limit for request in requests) - 1  # The last token is never stored.
     if not cache.can_admit(range(longest)):  # So many tokens, whichever they are.
         sys.exit(f"--kv-gb has too few pages for the {longest} tokens of a request.")

@@ -495,21 +495,19 @@ def test_tiered_equals_plain_forward(tmp_path, tiny, monkeypatch, block_size, dr
 
 
 @pytest.mark.parametrize("page_kb", [PAGE // 1024, PAGE // 512])
-@pytest.mark.parametrize("layout", ["layer", "token"])
 @pytest.mark.parametrize("tight", [False, True])
-def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, layout, tight):
+def test_virtual_equals_plain_forward(tmp_path, tiny, monkeypatch, page_kb, tight):
     """Prompts that end just before, at and after a page; tight: hardly room for the longest."""
     page = page_kb * 1024 // BYTES_PER_TOKEN
-    step = page * {"layer": 4, "token": 1}[layout]  # Two layers' keys and values.
-    lengths = [page - 1, page, page + 1, 5, 33, 40, step, step + 1] * 6
+    lengths = [page - 1, page, page + 1, 5, 33, 40, 2 * page, 2 * page + 1] * 6
     texts, limit, options = [text_of(n - 2, seed=n) for n in lengths], 40, []
     if tight:
         monkeypatch.setattr(VIRTUAL.VirtualCache, "can_admit", lambda self, tokens: (
-            self.groups_for(len(tokens)) <= self.n_free()))  # fmt: skip
-        n_steps = blocks_for(max(lengths) + limit, step) + 1
-        options = ["--kv-gb", n_steps * step * BYTES_PER_TOKEN / 1e9]
-    result = run(VIRTUAL, tiny, tmp_path, texts, "--max-new-tokens", limit,
-                 "--layout", layout, "--page-kb", page_kb, *options)  # fmt: skip
+            self.pages_for(len(tokens)) <= self.n_free()))  # fmt: skip
+        n_pages = blocks_for(max(lengths) + limit, page) + 1
+        options = ["--kv-gb", n_pages * page * BYTES_PER_TOKEN / 1e9]
+    options += ["--max-new-tokens", limit, "--page-kb", page_kb]
+    result = run(VIRTUAL, tiny, tmp_path, texts, *options)
     plain = {text: plain_generate(tiny, tiny_prompt(text), limit) for text in set(texts)}
     assert answers(result) == [plain[text] for text in texts]
     if tight:

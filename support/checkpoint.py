@@ -132,11 +132,11 @@ def pack(weight):
 
 def multiplies_bfloat16():
     """Whether this CPU has instructions for that, and oneDNN to use them."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not torch.backends.mkldnn.is_available():
         return False
-    # With AVX512 oneDNN does what it can, slowly.
-    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    return not x86 or torch.cpu._is_avx512_bf16_supported()
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # oneDNN emulates them, slowly.
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(x, weight):

@@ -73,10 +73,8 @@ class Stats:
             self.seconds[name] += time.perf_counter() - start
 
     def sample(self, new, running, waiting, reserved, used):
-        """Note how many requests run and wait in this step, slots reserved and used; show it.
-
-        new: the step's tokens, a list for each request.
-        """
+        """Note of this step its tokens (a list for each request), how many requests run and wait,
+        and the slots reserved and used; show the progress."""
         size, now = self.bytes_per_token, time.perf_counter()
         seconds = round(now - (self.start or now), 4)
         sample = Sample(seconds, running, waiting, round(reserved * size), round(used * size))

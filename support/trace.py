@@ -4,7 +4,7 @@ Each function here looks into one kind of cache and returns its tiers by name, e
 
     number of cells, tokens that a cell has room for, {cell: (request, tokens)}
 
-A cell is a row, a block or a group of pages; free ones are left out. request: the number of the one
+A cell is a row, a block or a page; free ones are left out. request: the number of the one
 that has reserved the cell, or SHARED; tokens: how many it has put there. If tokens is KEPT, nobody
 uses the cell, but what it holds stays until its room is needed; request: who waits for it, or None.
 """
@@ -71,15 +71,15 @@ def blocks(cache, running):
 
 
 def pages(cache, running):
-    """A VirtualCache. Where the memory behind a page lies only the system knows: here a group has
-    the cell of its place among all groups of all rows that have memory."""
-    size, cells = cache.group_bytes / cache.token_bytes, {}
+    """A VirtualCache. Where the memory behind a page lies only the system knows: here a page has
+    the cell of its place among all pages of all rows that have memory."""
+    size, cells = cache.page_bytes / cache.token_bytes, {}
     mapped = [(row, i) for row, n in enumerate(cache.n_mapped) for i in range(n)]
     for cell, (row, i) in enumerate(mapped):
         tokens = min(size, max(0, int(cache.seq_len[row]) - i * size))
         needed = i < cache.n_needed[row]
         cells[cell] = (running[row].place[0], round(tokens, 2)) if needed else (None, KEPT)
-    return {"HBM": (cache.n_groups, size, cells)}
+    return {"HBM": (cache.n_pages, size, cells)}
 
 
 def tiers(cache, running, waiting):

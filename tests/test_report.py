@@ -38,8 +38,10 @@ def test_statistics_by_hand(tmp_path, capsys, monkeypatch):
     stats = Stats(args, {"dim": 4, "n_heads": 2, "n_kv_heads": 1, "n_layers": 2})
     size = stats.bytes_per_token
     assert (size, stats.budget, stats.naive_fits) == (2 * 2 * 1 * 2 * 2, 1000, 6)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     for running, reserved, used in [(1, 8, 2), (2, 20, 10), (2, 20, 15), (1, 10, 10)]:
         stats.sample([[5] * 3, [6]], running, 0, reserved, used)
+    assert capsys.readouterr().err.endswith("step 4: 16 tokens computed, 1 running, 0 waiting")
     stats.seconds = {"prefill": 1.0, "decode": 3.0, "manager": 0.5, "idle": 0.0}
     clock = SimpleNamespace(now=10.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)

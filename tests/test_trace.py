@@ -26,7 +26,7 @@ def replayed(file):
 
 TRACED = {
     "naive": (NAIVE, ["--max-seq-len", 50]),  # One request ends before the others.
-    "virtual": (VIRTUAL, ["--kv-gb", 110 * 512 / 1e9, "--page-kb", 4, "--layout", "token"]),
+    "virtual": (VIRTUAL, ["--kv-gb", 110 * 512 / 1e9, "--page-kb", 4]),
     "paged": (PAGED, ["--kv-gb", 110 * 512 / 1e9, "--block-size", 4]),
     "tiered": (TIERED, ["--kv-gb", 110 * 512 / 1e9, "--block-size", 4, "--turns", 2]),
     "window": (TIERED, ["--window", 9, "--sink", 4, "--block-size", 4]),
@@ -77,7 +77,7 @@ def test_a_trace_by_hand(tmp_path, tiny):
 def test_a_trace_of_pages_by_hand(tmp_path, tiny):
     """Pages of 8 tokens; the second of request 0 comes before that of request 1."""
     options = ["--trace", tmp_path / "trace", "--max-new-tokens", 3, "--page-kb", 4]
-    run(VIRTUAL, tiny, tmp_path, ["abcde", "fg"], "--layout", "token", *options)
+    run(VIRTUAL, tiny, tmp_path, ["abcde", "fg"], *options)
     lines = [json.loads(line) for line in (tmp_path / "trace").read_text().splitlines()]
     assert [sorted(line["tiers"]["HBM"]) for line in lines[1:]] == [
         [[0, 0, 7], [1, 1, 4]],

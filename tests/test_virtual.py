@@ -23,9 +23,9 @@ def resident(cache):
     flags = (ctypes.c_ubyte * (len(memory) // PAGE))()
     assert libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(memory)), flags) == 0
     size = cache.pages.page_bytes // PAGE
-    groups = [list(flags[i : i + size]) for i in range(0, len(flags), size)]
-    assert all(len({flag & 1 for flag in group}) == 1 for group in groups)
-    return {i for i, group in enumerate(groups) if group[0] & 1}
+    pages = [list(flags[i : i + size]) for i in range(0, len(flags), size)]
+    assert all(len({flag & 1 for flag in page}) == 1 for page in pages)
+    return {i for i, page in enumerate(pages) if page[0] & 1}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
@@ -33,11 +33,9 @@ def resident(cache):
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_what_has_memory(data):
     """After each step: what the kernel says, the budget, and all that the rows hold."""
-    n_steps, by_token = data.draw(st.integers(3, 12)), data.draw(st.booleans())
-    size = PAGE * data.draw(st.sampled_from([1, 2]))
-    shape = (2, 1, 3 * size // (64 if by_token else 16))  # A token is three quarters of a step.
-    budget = n_steps * size * (1 if by_token else 4)
-    cache = VirtualCache(budget, size, by_token, 4, 12, shape, torch.float32, "cpu")
+    n_pages, size = data.draw(st.integers(3, 12)), PAGE * data.draw(st.sampled_from([1, 2]))
+    shape = (2, 1, 3 * size // 64)  # A token is three quarters of a page.
+    cache = VirtualCache(n_pages * size, size, 4, 12, shape, torch.float32, "cpu")
     held, numbers_left = {}, count(1)  # Of each row in use the numbers in it, one a token.
 
     def store(new):
@@ -52,7 +50,7 @@ def test_what_has_memory(data):
         match data.draw(st.sampled_from(["admit", "decode", "decode", "release"])):
             case "admit":
                 n = data.draw(st.integers(1, 12))
-                fits = cache.groups_for(n) + len(held) <= cache.n_free()
+                fits = cache.pages_for(n) + len(held) <= cache.n_free()
                 assert cache.can_admit([0] * n) == fits
                 if len(held) < 4 and fits:
                     row = cache.admit([0] * n)
@@ -60,10 +58,10 @@ def test_what_has_memory(data):
                     store({row: data.draw(st.integers(1, n))})  # A part of the prompt, or all.
             case "decode" if held and max(map(len, held.values())) < 12:
                 needs = [
-                    max(cache.n_needed[row], cache.groups_for(len(numbers) + 1))
+                    max(cache.n_needed[row], cache.pages_for(len(numbers) + 1))
                     for row, numbers in held.items()
                 ]
-                assert cache.can_grow() == (sum(needs) <= n_steps)
+                assert cache.can_grow() == (sum(needs) <= n_pages)
                 while not cache.can_grow():
                     row, _ = held.popitem()
                     cache.release(row)
@@ -75,15 +73,12 @@ def test_what_has_memory(data):
                 del held[row]
                 assert cache.n_mapped == before  # Nothing is unmapped before others need it.
         assert resident(cache) == {
-            (row * cache.pieces + piece) * cache.row_groups + i
-            for row in range(4)
-            for piece in range(cache.pieces)
-            for i in range(cache.n_mapped[row])
+            row * cache.row_pages + i for row in range(4) for i in range(cache.n_mapped[row])
         }
-        assert sum(cache.n_mapped) <= n_steps
+        assert sum(cache.n_mapped) <= n_pages
         for row, numbers in held.items():
             assert cache.n_needed[row] <= cache.n_mapped[row]
-            assert cache.groups_for(len(numbers)) <= cache.n_needed[row]
+            assert cache.pages_for(len(numbers)) <= cache.n_needed[row]
             for token, number in enumerate(numbers):
                 assert (cache.kv[:, :, row, token] == number).all()
             assert cache.positions()[row] == len(numbers)
@@ -94,7 +89,7 @@ def test_what_has_memory(data):
 def test_pages_that_no_request_needs():
     """A new one takes the row with the most of them; the row idle for longest loses them first."""
     shape = (1, 1, PAGE // 8)
-    cache = VirtualCache(10 * PAGE, PAGE, True, 4, 8, shape, torch.float32, "cpu")
+    cache = VirtualCache(10 * PAGE, PAGE, 4, 8, shape, torch.float32, "cpu")
     rows = [cache.admit([0] * n) for n in (1, 4, 2, 1)]  # A token is a page.
     assert rows == [0, 1, 2, 3]
     for row in (3, 1, 2, 0):
@@ -175,7 +170,7 @@ def test_systems_without_madvise(tmp_path, tiny, monkeypatch):
 def test_pages_on_a_card():
     """Map, grow, unmap, use again; numbers stay where they were put."""
     shape = (32, 8, 128)
-    cache = VirtualCache(12 << 20, 2 << 20, True, 3, 64, shape, torch.float16, "cuda")
+    cache = VirtualCache(12 << 20, 2 << 20, 3, 64, shape, torch.float16, "cuda")
     rows = [cache.admit([0] * n) for n in (16, 40)]
     for row, n in zip(rows, (16, 40), strict=True):
         cache.kv[:, :, row, :n] = row + 1
