@@ -19,7 +19,6 @@ window, retrieval and the compressed ones lose is measured by bench/quality.py.
 """
 
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import torch
 from common import apart, arguments, earlier, facts, load_script, run_script, save, table
 
 from caches.compressed import CODECS
-from support.arguments import at_least
+from support.arguments import at_least, run
 from support.checkpoint import SMOLLM2
 from support.prompts import PROMPTS
 
@@ -184,7 +183,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (KeyboardInterrupt, BrokenPipeError):  # What was measured is in the JSON file.
-        os._exit(130)
+    run(main)  # After Ctrl-C, what was measured is in the JSON file.

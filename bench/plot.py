@@ -52,45 +52,29 @@ def line(axis, strategy, xs, ys, **others):
     axis.plot(xs, ys, **{**look, **others})
 
 
-# --- bench/compare.py -----------------------------------------------------------------------------
-
-
-def time_per_token(axis, rows):
-    values = {name: row["token_ms"] for name, row in rows.items()}
-    labels = [f"{row['token_ms']:.0f} ({row['max_batch']} at once)" for row in rows.values()]
-    bars(axis, values, labels, rows)
-    axis.margins(x=0.6)
-    axis.set(xlabel="milliseconds per token of an answer, median", title="Time per token")
-
-
-def memory(axis, rows):
-    used = {name: row["used_bytes"] / 1e9 for name, row in rows.items()}
-    wasted = [(row["reserved_bytes"] - row["used_bytes"]) / 1e9 for row in rows.values()]
-    bars(axis, used, [""] * len(rows), rows)
-    rest = axis.barh(list(rows), wasted, left=list(used.values()), color="#f4f4f4", edgecolor=INK)
-    axis.bar_label(
-        rest, [f"{row['fragmented_of_reserved']:.1%}" for row in rows.values()], padding=3
-    )
-    axis.set(xlabel="GB reserved; in color: used; %: fragmented")
-    axis.set(title="Memory")
-
-
-def max_batch(axis, rows):
-    most = {name: row["most_at_once"] for name, row in rows.items()}
-    labels = [f"{n} in 1/7 of it" if name == "tiered" else n for name, n in most.items()]
-    bars(axis, most, labels, most)
-    axis.set(xlabel="requests, none of which waits for another's end", title="Most at once")
+# --- Figures, each by the name of its benchmark ---------------------------------------------------
 
 
 def compare(plt, result):
+    """bench/compare.py"""
     rows = {name: row for name, row in result["strategies"].items() if "error" not in row}
-    figure, axes = plt.subplots(1, 3, figsize=(15, 3.6), layout="tight")
-    for axis, draw in zip(axes, (time_per_token, memory, max_batch), strict=True):
-        draw(axis, rows)
+    figure, (time, memory, batch) = plt.subplots(1, 3, figsize=(15, 3.6), layout="tight")
+    labels = [f"{row['token_ms']:.0f} ({row['max_batch']} at once)" for row in rows.values()]
+    bars(time, {name: row["token_ms"] for name, row in rows.items()}, labels, rows)
+    time.margins(x=0.6)
+    time.set(xlabel="milliseconds per token of an answer, median", title="Time per token")
+    used = {name: row["used_bytes"] / 1e9 for name, row in rows.items()}
+    wasted = [(row["reserved_bytes"] - row["used_bytes"]) / 1e9 for row in rows.values()]
+    bars(memory, used, [""] * len(rows), rows)
+    more = {"left": list(used.values()), "color": "#f4f4f4", "edgecolor": INK}
+    labels = [f"{row['fragmented_of_reserved']:.1%}" for row in rows.values()]
+    memory.bar_label(memory.barh(list(rows), wasted, **more), labels, padding=3)
+    memory.set(xlabel="GB reserved; in color: used; %: fragmented", title="Memory")
+    most = {name: row["most_at_once"] for name, row in rows.items()}
+    labels = [f"{n} in 1/7 of it" if name == "tiered" else n for name, n in most.items()]
+    bars(batch, most, labels, most)
+    batch.set(xlabel="requests, none of which waits for another's end", title="Most at once")
     return figure
-
-
-# --- The other benchmarks -------------------------------------------------------------------------
 
 
 def serve(plt, result):

@@ -35,10 +35,10 @@ from caches.compressed import CODECS, CompressedCache
 from caches.retrieval import RetrievalCache
 from kvcache import PagedCache, blocks_for
 from support import attention
+from support.arguments import run
 from support.report import Stats
 
 SHARES, BUCKET, CONTEXT = (2, 4, 8, 16), 1024, 8192  # CONTEXT: SmolLM2's.
-FAR = 4096  # Tokens in HBM of texts beyond it, where shares are not asked for.
 GOLDEN = (5**0.5 - 1) / 2  # Its multiples, modulo 1, lie well spread, however many there are.
 NOISE = "The hills are brown. A cart goes by. The bread is warm. Somebody hums. It is late. "
 NEEDLE = "Remember: the code of the {key} is {number}. "
@@ -200,17 +200,17 @@ def perplexity(bench, args):
     """The losses of BUCKET tokens each; full attention as far as the model's context goes."""
     tokens = bench.manual(args.tokens)
     yield {"policy": "full", "window": None, "nats": losses(bench, tokens[:CONTEXT])}
-    CODECS["one layer for two"] = OneForTwo
-    for name in CODECS:
-        nats = losses(bench, tokens[:CONTEXT], 32, compress=name)
-        yield {"policy": name, "window": None, "nats": nats}
-    for window in (256, 512, 1024):
+    for window in args.windows:
         for name, policy in {
             "window": {"window": window},
             "4 sinks + window": {"window": window, "sink": 4, "block_size": 4},
             "retrieval": policies(window + 16)["retrieval"],
         }.items():
             yield {"policy": name, "window": window, "nats": losses(bench, tokens, 32, **policy)}
+    CODECS["one layer for two"] = OneForTwo
+    for name in CODECS:
+        nats = losses(bench, tokens[:CONTEXT], 32, compress=name)
+        yield {"policy": name, "window": None, "nats": nats}
 
 
 # --- Needle ---------------------------------------------------------------------------------------
@@ -242,18 +242,17 @@ def finds(bench, prompt, number, policy):
 
 
 def needle(bench, args):
-    """Needles at depths spread over the text; those that were looked for earlier count."""
+    """Needles at depths spread over the text; what FILE has is not measured again. Behind the
+    model's context, HBM has room for 4,096 tokens."""
     for n in args.lengths:
-        shares, cases = [n // FAR], {}
+        shares = args.shares if n <= CONTEXT else [n // 4096]
+        cases = {(name, s): p for s in shares for name, p in policies(n // s).items()}
         if n <= CONTEXT:
-            shares, cases = args.shares, {("full", 1): {}}
-            cases |= {(name, None): policy for name, policy in COMPRESSED.items()}
-        cases |= {(name, s): p for s in shares for name, p in policies(n // s).items()}
+            cases |= {("full", 1): {}, **{(name, None): p for name, p in COMPRESSED.items()}}
         for (name, share), policy in cases.items():
-            case = {"tokens": n, "policy": name, "share": share, "found": [], "seconds": []}
-            for old in args.needles:
-                if all(old[key] == case[key] for key in ("tokens", "policy", "share")):
-                    case |= old
+            case = {"tokens": n, "policy": name, "share": share}
+            known = (old for old in args.needles if case.items() <= old.items())
+            case |= next(known, {"found": [], "seconds": []})
             for i in range(len(case["found"]), args.depths):
                 prompt, start = needle_prompt(bench, n, i * GOLDEN % 1, i), time.perf_counter()
                 case["found"].append(finds(bench, *prompt, policy))
@@ -282,7 +281,7 @@ def print_tables(result):
     cases = sorted(cases, key=lambda case: (case["tokens"], case["policy"], case["share"] or 0))
     for case in cases:
         case["found"] = f"{sum(case['found'])} of {len(case['found'])}"
-        if seconds := case.pop("seconds", None):
+        if seconds := case.pop("seconds"):
             case["s / 1000"] = statistics.median(seconds) * 1000 / case["tokens"]
     table(cases)
 
@@ -299,6 +298,7 @@ def main():
     add("--tokens", type=int, default=20480, help="of the manual, for perplexity (20480)")
     add("--lengths", nargs="+", type=int, default=(1000, 2000, 4000, 7500), metavar="N")
     add("--shares", nargs="+", type=int, default=SHARES, metavar="S", help="HBM for 1/S of a text")
+    add("--windows", nargs="+", type=int, default=(256, 512, 1024), help="for perplexity")
     add("--depths", type=int, default=20, help="needles for each length (20)")
     args = parser.parse_args()
     result = json.loads(args.json.read_text()) if args.json.exists() else {}
@@ -314,4 +314,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -20,7 +20,7 @@ from itertools import pairwise
 from common import apart, arguments, earlier, save, table
 from compare import STRATEGIES, run_strategy
 
-from support.arguments import at_least
+from support.arguments import at_least, run
 from support.checkpoint import SMOLLM2
 
 RATES, ALONE = (0.6, 1.2, 2.4, 4.8, 9.6), 8  # ALONE: requests for the idle system.
@@ -123,4 +123,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,6 +24,7 @@ import torch
 from common import arguments, in_turn, load_script, save, table
 
 from kvcache import TieredCache, blocks_for
+from support.arguments import run
 from support.prompts import Request
 
 # Unified Cache Manager's README, DRAM store: how much sooner at 80% hits, by (tokens, requests).
@@ -153,4 +154,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

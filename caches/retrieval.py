@@ -24,22 +24,19 @@ def highest_scores(q, bounds):
     In each dimension with the bound that scores higher: no key of the block has a higher score
     (Quest, Tang et al. 2024, section 3.3).
     """
-    largest, smallest = bounds
-    columns = q.transpose(1, 2)  # In this order a product is 3 times as fast on a CPU.
-    scores = largest @ columns.clamp(min=0) + smallest @ columns.clamp(max=0)
-    return scores.transpose(1, 2)
+    largest, smallest = bounds.transpose(2, 3)
+    return q.clamp(min=0) @ largest + q.clamp(max=0) @ smallest
 
 
 def top_blocks(q, keys, bounds, top_k):
-    """The numbers of the top_k blocks that q (Hkv, T, D) wants, of n with bounds (2, Hkv, n, D).
+    """The numbers of the top_k blocks that q (Hkv, T, D) wants, of the first n with these keys.
 
     Each query divides its attention over the blocks, and a block counts as much as the most that it
     gets from any query of any head. If n > 4 top_k that is done twice: by the highest scores that
     the blocks could have, to find 4 top_k candidates, and by the scores of their keys, to choose
     among these. (Bounds are far above the keys in heads as small as SmolLM2's: by them alone, 14 of
     20 needles were found in 2,000 tokens with room for an eighth.) top_k is at most n.
-
-    keys: (Hkv, n or more, block_size, D).
+    keys: (Hkv, n or more, block_size, D); bounds: (2, Hkv, n, D).
     """
     numbers = torch.arange(bounds.shape[2])
     if len(numbers) > 4 * top_k:
@@ -79,8 +76,7 @@ class RetrievalCache(WindowCache):
     def __init__(self, n_dram, top_k, context, sink, window, chunk, rotate, *others):
         """n_dram: blocks in DRAM; top_k: tokens that come back; context: the most that the model
         was trained on. The others as WindowCache's."""
-        max_seq_len = others[3]
-        self.walks = max_seq_len > context
+        self.walks = others[3] > context  # Whether texts may be longer.
         rotate = rotate if self.walks else lambda keys, by: keys
         super().__init__(sink, window, chunk, rotate, *others)
         size, (max_rows, width) = self.block_size, self.block_table.shape

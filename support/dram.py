@@ -55,15 +55,13 @@ class DramStore:
         if full and not self.ids:
             return 1
         if full:
-            _, first = self.ids.popitem(last=False)
-            self.free_ids.append(first)
+            self.free_ids.append(self.ids.popitem(last=False)[1])
         self.ids[key] = self.free_ids.pop()
         self.copy([(self.blocks[self.ids[key]], source)])
         return int(full)
 
     def take(self, keys):
-        """Forget these keys and return the ids of their blocks, which nothing overwrites until
-        load()."""
+        """Forget these keys; returns their blocks' ids, which nothing overwrites until load()."""
         return [self.ids.pop(key) for key in keys]
 
     def forget(self, key):

@@ -296,11 +296,34 @@ def test_logits_after_each_token_of_a_text(load, tiny):
     for policy in ({}, {"sink": 16, "window": 90}, {"sink": 16, "window": 20, "top_k": 80}):
         logits, cache = bench.logits(tokens, 7, **policy)
         close(logits, full, rtol=1e-3, atol=1e-3)
-    # Three blocks have left the window. All are back, and the bounds of each are beside them.
-    assert bench.hbm_bytes(cache) == (96 + 3) * BYTES_PER_TOKEN
+    assert bench.hbm_bytes(cache) == 96 * BYTES_PER_TOKEN  # Three blocks have left, and are back.
+    (last,) = bench.read(bench.cache(90), tokens, each=False)
+    close(last, full[-1:], rtol=1e-3, atol=1e-3)
     logits, cache = bench.logits(tokens, 7, sink=16, window=20)
     assert (logits - full).abs().max() > 0.1
     assert bench.hbm_bytes(cache) == 48 * BYTES_PER_TOKEN
+
+
+def test_needles_are_looked_for_once(load, call, tmp_path, tiny, monkeypatch, capsys):
+    """A second run goes on where the first one stopped; behind the context, HBM is 4,096 tokens."""
+    quality, tried = load("quality"), []
+    bench = quality.Bench("--model", str(tiny), *FLOAT32)
+    monkeypatch.setattr(quality, "Bench", lambda: bench)
+
+    def finds(bench, prompt, number, policy):
+        tried.append((len(prompt), policy))
+        return len(tried) % 2 > 0
+
+    monkeypatch.setattr(quality, "finds", finds)
+    options = ["--only", "needle", "--lengths", 16384, "--json", tmp_path / "json"]
+    call("quality", *options, "--depths", 1)
+    assert [policy for _, policy in tried] == list(quality.policies(4096).values())
+    call("quality", *options, "--depths", 3)
+    assert len(tried) == 6 and all(16300 < n <= 16384 for n, _ in tried)
+    cases = json.loads((tmp_path / "json").read_text())["needle"]
+    found = {case["policy"]: case["found"] for case in cases}
+    assert found == {"sink + window": [True, True, False], "retrieval": [False, True, False]}
+    assert "2 of 3" in capsys.readouterr().out
 
 
 @torch.inference_mode()
