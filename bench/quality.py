@@ -158,7 +158,7 @@ def decode_step(bench, n, policy, rounds=15):
 def speed(bench, args):
     """HBM for 1,024 tokens against a context that grows: medians of three rounds, in turn."""
     ways = {"full": {}, **policies(1024)}
-    cases = [(1024 * 2**i, name) for i in range(7) for name in ways]
+    cases = [(1024 * 2**i, name) for i in range(8) for name in ways]
     medians = in_turn(cases, 3, lambda case: decode_step(bench, case[0], ways[case[1]]))
     for (n, name), (ms, size) in medians.items():
         yield {"context": n, "policy": name, "ms": ms, "hbm_bytes": size}
@@ -198,19 +198,20 @@ def losses(bench, tokens, chunk=None, **policy):
 
 def perplexity(bench, args):
     """The losses of BUCKET tokens each; full attention as far as the model's context goes."""
-    tokens = bench.manual(args.tokens)
-    yield {"policy": "full", "window": None, "nats": losses(bench, tokens[:CONTEXT])}
-    for window in args.windows:
-        for name, policy in {
-            "window": {"window": window},
-            "4 sinks + window": {"window": window, "sink": 4, "block_size": 4},
-            "retrieval": policies(window + 16)["retrieval"],
-        }.items():
-            yield {"policy": name, "window": window, "nats": losses(bench, tokens, 32, **policy)}
+    tokens, cases = bench.manual(args.tokens), {("full", None): {}}
     CODECS["one layer for two"] = OneForTwo
-    for name in CODECS:
-        nats = losses(bench, tokens[:CONTEXT], 32, compress=name)
-        yield {"policy": name, "window": None, "nats": nats}
+    for window in args.windows:
+        cases |= {
+            ("window", window): {"window": window},
+            ("4 sinks + window", window): {"window": window, "sink": 4, "block_size": 4},
+            ("retrieval", window): policies(window + 16)["retrieval"],
+        }
+    cases |= {(name, None): {"compress": name} for name in CODECS}
+    for (name, window), policy in cases.items():
+        if name in (args.policies or [name]):
+            text, chunk = tokens if window else tokens[:CONTEXT], 32 if policy else None
+            nats = losses(bench, text, chunk, **policy)
+            yield {"policy": name, "window": window, "nats": nats}
 
 
 # --- Needle ---------------------------------------------------------------------------------------
@@ -250,6 +251,8 @@ def needle(bench, args):
         if n <= CONTEXT:
             cases |= {("full", 1): {}, **{(name, None): p for name, p in COMPRESSED.items()}}
         for (name, share), policy in cases.items():
+            if name not in (args.policies or [name]):
+                continue
             case = {"tokens": n, "policy": name, "share": share}
             known = (old for old in args.needles if case.items() <= old.items())
             case |= next(known, {"found": [], "seconds": []})
@@ -299,6 +302,7 @@ def main():
     add("--lengths", nargs="+", type=int, default=(1000, 2000, 4000, 7500), metavar="N")
     add("--shares", nargs="+", type=int, default=SHARES, metavar="S", help="HBM for 1/S of a text")
     add("--windows", nargs="+", type=int, default=(256, 512, 1024), help="for perplexity")
+    add("--policies", nargs="+", metavar="NAME", help="some only, for perplexity and needle")
     add("--depths", type=int, default=20, help="needles for each length (20)")
     args = parser.parse_args()
     result = json.loads(args.json.read_text()) if args.json.exists() else {}
