@@ -96,9 +96,8 @@ class PagedCache:
         """Give each full row a block, all at once. Raises OutOfBlocks before any change."""
         rows = self.full_rows()
         ids = self.alloc(len(rows))
-        if ids:
-            self.block_table[rows, self.n_owned[rows]] = self.block_table.new_tensor(ids)
-            self.n_owned[rows] += 1
+        self.block_table[rows, self.n_owned[rows]] = self.block_table.new_tensor(ids)
+        self.n_owned[rows] += 1
 
     def can_admit(self, tokens):
         # And one for each running row, or the first to grow might at once preempt who comes now.
@@ -163,7 +162,7 @@ class WindowCache(PagedCache):
         self.row_blocks = min(width, self.sink + blocks_for(size + window - 2 + chunk, size))
         self.n_evicted = torch.zeros(max_rows, dtype=torch.int32)  # Tokens.
         self.sink_keys = [None] * max_rows  # As they were stored: rotated from there, none drifts.
-        self.rotate, self.counts = rotate, Counter(dropped=0)
+        self.rotate, self.reach, self.counts = rotate, 0, Counter(dropped=0)
 
     def can_admit(self, tokens):
         return self.row_blocks <= self.n_free()
@@ -193,7 +192,8 @@ class WindowCache(PagedCache):
         behind.copy_(behind.roll(-n))
         self.seq_len[row] -= n * self.block_size
         self.n_evicted[row] += n * self.block_size
-        self.kv[:, 0, sink] = self.rotate(self.sink_keys[row], self.n_evicted[[row]]).to(self.kv)
+        by = (self.n_evicted[[row]] - self.reach).clamp(min=0)  # (See caches/retrieval.py.)
+        self.kv[:, 0, sink] = self.rotate(self.sink_keys[row], by).to(self.kv)
         self.counts["dropped"] += n
 
 

@@ -191,7 +191,7 @@ def main(argv=None):
     args.max_seq_len = longest + 1 if endless else args.max_seq_len
     chat["stop"] = set() if args.ignore_stop else chat["stop"]
     stats = Stats(args, model[0])
-    with or_exit("So much memory (--kv-gb, --dram-gb) cannot be had"):
+    with or_exit("This cache (--kv-gb, --dram-gb, --window) cannot be had"):
         cache = make_cache(args, model[0], stats, longest)
     if not cache.can_admit(range(longest)):  # So many tokens, whichever they are.
         sys.exit(f"--kv-gb or --dram-gb has no room for the {longest} tokens of a request.")

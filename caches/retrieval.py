@@ -57,7 +57,7 @@ class Away:
         # Which block is in which slot, {number: slot}, differs from layer to layer. The least
         # recently used first.
         self.held = [OrderedDict() for _ in range(n_layers)]
-        self.far = 0  # Where those in the slots are, if they have no positions of their own.
+        self.frame = 0  # How many tokens had left when positions were last squeezed.
 
 
 class RetrievalCache(WindowCache):
@@ -68,18 +68,24 @@ class RetrievalCache(WindowCache):
     looked at in DRAM, so that in HBM a row takes the same room however long it gets.
 
     If all texts fit the model's context, keys keep their positions: with room for all blocks this
-    is full attention. If not, the sink walks, as in WindowCache, and what comes back is put beside
-    it, all at one position, whose distance the model has seen (InfLLM, Xiao et al. 2024, section
-    3.2). For that, keys are in DRAM as they were before RoPE. (docs/window.svg)
+    is full attention. If not, what lies before the window is squeezed into the `reach` positions
+    that the context has for it: the sink walks, the blocks behind it are as far from each other as
+    there is room, and no query sees a distance that the model has not. For that, a block is in DRAM
+    as if it began at position 0. (docs/window.svg; positions between whole blocks are interpolated
+    as all are in Chen et al. 2023, section 2.3)
     """
 
     def __init__(self, n_dram, top_k, context, sink, window, chunk, rotate, *others):
         """n_dram: blocks in DRAM; top_k: tokens that come back; context: the most that the model
         was trained on. The others as WindowCache's."""
-        self.walks = others[3] > context  # Whether texts may be longer.
-        rotate = rotate if self.walks else lambda keys, by: keys
+        self.squeezes = others[3] > context  # Whether texts may be longer.
+        rotate = rotate if self.squeezes else lambda keys, by: keys
         super().__init__(sink, window, chunk, rotate, *others)
         size, (max_rows, width) = self.block_size, self.block_table.shape
+        # A block more is in the window at times; a chunk is read, and blocks lag one behind.
+        self.reach = context - (self.sink + 1) * size - window - 2 * chunk
+        if self.squeezes and self.reach < size:
+            raise ValueError(f"a window of {window} tokens takes all of the context's {context}")
         # The most blocks that leave a row, and that come back to it at a time.
         self.n_far = max(0, (width * size + 1 - window) // size - self.sink)
         self.top_k = min(self.n_far, blocks_for(top_k, size))
@@ -106,24 +112,31 @@ class RetrievalCache(WindowCache):
         away, size = self.away[row], self.block_size
         new, ids = slice(away.n, away.n + n), self.block_table[row, self.sink :][:n].long()
         blocks = self.kv[:, :, ids].transpose(2, 3).cpu()  # (L, 2, Hkv, n, size, D)
-        positions = (self.sink + away.n) * size + torch.arange(n * size).view(n, size)
-        blocks[:, 0] = self.rotate(blocks[:, 0], -positions)
+        starts = (self.sink + away.n + torch.arange(n)) * size
+        blocks[:, 0] = self.rotate(blocks[:, 0], -starts[:, None])
         self.dram[row, :, :, :, new] = blocks
         self.bounds[row, :, :, :, new] = bounds_of(blocks[:, 0]).transpose(0, 1)
         away.n += n
         super().evict(row, n)
         self.counts.update(spilled=n, dropped=-n)  # Not lost, as WindowCache.evict() counts.
-        if self.walks and self.n_evicted[row] - away.far > self.chunk:
-            # What is back is too far behind the sink. It comes again, and is put there.
-            away.far = int(self.n_evicted[row])
-            away.held = [OrderedDict() for _ in away.held]
+        if self.squeezes and self.n_evicted[row] - away.frame > self.chunk:
+            away.frame = int(self.n_evicted[row])
+            away.held = [OrderedDict() for _ in away.held]  # What is back moves: it comes again.
+
+    def starts(self, row, numbers):
+        """The positions (n, 1) at which these blocks begin when they are back."""
+        frame, starts = self.away[row].frame, torch.tensor(numbers)[:, None] * self.block_size
+        if frame > self.reach:
+            starts = frame - self.reach + starts * self.reach // frame
+        return self.sink * self.block_size + starts
 
     def choose(self, layer, row, q):
         """The numbers of the blocks that q (T, H, D) wants back; of many, the last 32 decide."""
         away, Hkv = self.away[row], self.kv.shape[3]
         if away.n <= self.top_k:
             return range(away.n)
-        q = self.rotate(q[-32:].cpu(), torch.tensor([-away.far])).float() * q.shape[2] ** -0.5
+        # In DRAM all blocks begin at 0: to the queries, right before the window.
+        q = self.rotate(q[-32:].cpu(), torch.tensor([-away.frame])).float() * q.shape[2] ** -0.5
         q = q.unflatten(1, (Hkv, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T H / Hkv, D)
         bounds = self.bounds[row, layer, :, :, : away.n]
         return top_blocks(q, self.dram[row, layer, 0], bounds, self.top_k)
@@ -140,7 +153,7 @@ class RetrievalCache(WindowCache):
             held[number] = held.popitem(last=False)[1] if full else away.slots[len(held)]
         if absent:
             blocks = self.dram[row, layer][:, :, absent]  # (2, Hkv, n, size, D)
-            blocks[0] = self.rotate(blocks[0], torch.tensor([away.far]))
+            blocks[0] = self.rotate(blocks[0], self.starts(row, absent))
             slots = [held[number] for number in absent]
             self.kv[layer][:, slots] = blocks.transpose(1, 2).to(self.kv.device)
         L = len(self.kv)  # Counted in blocks of all layers; shared: hits, fetched: misses.

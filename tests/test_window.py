@@ -143,22 +143,22 @@ def test_what_is_fetched_is_what_left(data):
     assert cache.n_free() == 40 and not cache.away
 
 
-@pytest.mark.parametrize("context", [10**9, 1])
+@pytest.mark.parametrize("context", [10**9, 30])
 @pytest.mark.parametrize("n", [7, 8, 30])
 def test_the_blocks_chosen_are_those_with_the_most_attention(n, context):
     """Of the eight that by their bounds could have the most, wherever the keys are put."""
     torch.manual_seed(0)
     cache, written = retrieval_cache(n, 2, context=context)
     away, unlike = cache.away[0], 0
-    assert (away.far > 0) == (context == 1)
+    assert (away.frame > 0) == (context == 30)
     for layer in range(3):
         q = 3 * torch.randn(5, 4, 6)  # Five queries of four heads, two for each key head.
         could, has = torch.zeros(2, n)
         keys = torch.stack([block[layer, 0] for block in written[:n]])  # (n, 2, 4, 6)
         seen = q  # As the keys in DRAM see it.
-        if context == 1:  # Block 0 is behind a sink of four tokens.
-            keys = rotate(keys, -4 - torch.arange(4 * n).view(n, 1, 4))
-            seen = rotate(q, torch.tensor([-away.far]))
+        if context == 30:  # Block 0 is behind a sink of four tokens.
+            keys = rotate(keys, -4 - 4 * torch.arange(n).view(n, 1, 1))
+            seen = rotate(q, torch.tensor([-away.frame]))
         for t, h in product(range(5), range(4)):
             of_head = keys[:, h // 2]
             bound = torch.maximum(seen[t, h] * of_head.amax(1), seen[t, h] * of_head.amin(1))
@@ -172,62 +172,71 @@ def test_the_blocks_chosen_are_those_with_the_most_attention(n, context):
     assert unlike  # By the bounds alone it would be others.
 
 
-def far_away(n_prompt, sink, window, block_size, chunk):
+def squeezed(n_prompt, sink, window, block_size, chunk, context):
     """What tokens see when everything that has left the window comes back, in a text that is longer
     than the model's context. As test_kvcache.in_window(): a function that returns key_at.
 
-    The sink walks, right before the window. All that has left is where the sink began when it last
-    came: it comes again when the sink has walked on by more than a chunk.
+    The sink is as far before the window as the context allows, at most where it was; between them,
+    blocks are where they were, or else shares of that way from each other. They are moved when more
+    than a chunk has left since they last were.
     """
     n_sink = blocks_for(sink, block_size) * block_size
+    reach = context - n_sink - window - block_size - 2 * chunk
 
     def places(T):
-        rows, s, first, far = [], torch.arange(T), 0, 0
+        rows, s, first, frame = [], torch.arange(T), 0, 0
+        starts = (s - n_sink) // block_size * block_size
         while first < T:
             n_new = min(chunk, n_prompt - first) if first < n_prompt else 1
             n_left = max(0, (first + 1 - window) // block_size * block_size - n_sink)
-            far = n_left if n_left - far > chunk else far
-            key_at = torch.where(s < n_sink, s + n_left, s)
-            key_at[(s >= n_sink) & (s < n_sink + n_left)] = far
+            frame = n_left if n_left - frame > chunk else frame
+            key_at = torch.where(s < n_sink, s + max(0, n_left - reach), s)
+            if frame > reach:
+                moved = n_sink + frame - reach + starts * reach // frame + s % block_size
+                key_at = torch.where((s >= n_sink) & (s < n_sink + n_left), moved, key_at)
             for t in range(first, min(first + n_new, T)):
                 rows.append(torch.where(s <= t, key_at, -1))
             first += n_new
-        return torch.stack(rows)
+        key_at = torch.stack(rows)
+        assert (key_at.diagonal()[:, None] - key_at)[key_at >= 0].max() < context
+        return key_at
 
     return places
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16])
-@pytest.mark.parametrize(("sink", "window"), [(0, 12), (5, 7), (16, 32)])
-def test_far_keys_equal_recomputed_attention(tmp_path, tiny, monkeypatch, block_size, sink, window):
+@pytest.mark.parametrize(("sink", "window", "context"), [(0, 12, 80), (5, 7, 70), (16, 16, 100)])
+def test_squeezed_positions(tmp_path, tiny, monkeypatch, block_size, sink, window, context):
     """Logits and tokens, with room for everything, prompts shorter and longer than the context."""
     logits, choose, load = [], TIERED.choose, TIERED.load
     monkeypatch.setattr(TIERED, "choose", lambda *a: logits.append(a[0].clone()) or choose(*a))
 
-    def load_with_a_small_context(args):
+    def load_with_another_context(args):
         (params, w), *others = load(args)
-        return ({**params, "context": 50}, w), *others
+        return ({**params, "context": context}, w), *others
 
-    monkeypatch.setattr(TIERED, "load", load_with_a_small_context)
-    texts, limit = [text_of(n, seed=n) for n in (3, 90)], 45
+    monkeypatch.setattr(TIERED, "load", load_with_another_context)
+    texts, limit = [text_of(n, seed=n) for n in (3, 110)], 45
     options = ["--sink", sink, "--window", window, "--block-size", block_size, "--top-k", 200]
     options += ["--max-new-tokens", limit, "--ignore-stop"]
     result = run(TIERED, tiny, tmp_path, texts, *options)
     assert result["tiers"]["spilled"] > 60 // block_size and not result["tiers"]["dropped"]
     for text, answer in zip(texts, answers(result), strict=True):
         prompt = tiny_prompt(text)
-        places = far_away(len(prompt), sink, window, block_size, window)
+        places = squeezed(len(prompt), sink, window, block_size, window, context)
         assert answer == plain_generate(tiny, prompt, limit, (), places)
     logits.clear()
     (answer,) = answers(run(TIERED, tiny, tmp_path, texts[1:], *options))
     prompt = tiny_prompt(texts[1])
-    places = far_away(len(prompt), sink, window, block_size, window)
+    places = squeezed(len(prompt), sink, window, block_size, window, context)
     params = json.loads((tiny / "params.json").read_text())
     w = torch.load(tiny / "consolidated.00.pth", weights_only=True)
     for n in (0, 1, 20, limit - 1):
         tokens = prompt + answer[:n]
         expected = plain_forward(params, w, tokens, places(len(tokens)))
         torch.testing.assert_close(logits[n - limit][0], expected, atol=2e-4, rtol=1e-4)
+    with pytest.raises(SystemExit, match=f"takes all of the context's {context}"):
+        run(TIERED, tiny, tmp_path, texts, *options, "--window", context - 10)
 
 
 def test_memory_set_aside_for_retrieval(tmp_path, tiny):
