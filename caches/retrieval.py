@@ -68,11 +68,10 @@ class RetrievalCache(WindowCache):
     looked at in DRAM, so that in HBM a row takes the same room however long it gets.
 
     If all texts fit the model's context, keys keep their positions: with room for all blocks this
-    is full attention. If not, what lies before the window is squeezed into the `reach` positions
-    that the context has for it: the sink walks, the blocks behind it are as far from each other as
-    there is room, and no query sees a distance that the model has not. For that, a block is in DRAM
-    as if it began at position 0. (docs/window.svg; positions between whole blocks are interpolated
-    as all are in Chen et al. 2023, section 2.3)
+    is full attention. If not, what has left the window is squeezed into `reach` positions before
+    it: the sink walks, blocks keep their order, and no query sees a distance that the model has
+    not. For that, a block is in DRAM as if it began at position 0. (docs/window.svg; from block to
+    block, positions are interpolated as in Chen et al. 2023, section 2.3)
     """
 
     def __init__(self, n_dram, top_k, context, sink, window, chunk, rotate, *others):
@@ -82,8 +81,9 @@ class RetrievalCache(WindowCache):
         rotate = rotate if self.squeezes else lambda keys, by: keys
         super().__init__(sink, window, chunk, rotate, *others)
         size, (max_rows, width) = self.block_size, self.block_table.shape
-        # A block more is in the window at times; a chunk is read, and blocks lag one behind.
-        self.reach = context - (self.sink + 1) * size - window - 2 * chunk
+        # What else there is: at times a block more, a chunk that is read, and one that blocks lag
+        # behind. A quarter is enough; near the context's end SmolLM2 finds less.
+        self.reach = min(context // 4, context - (self.sink + 1) * size - window - 2 * chunk)
         if self.squeezes and self.reach < size:
             raise ValueError(f"a window of {window} tokens takes all of the context's {context}")
         # The most blocks that leave a row, and that come back to it at a time.

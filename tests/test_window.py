@@ -181,7 +181,7 @@ def squeezed(n_prompt, sink, window, block_size, chunk, context):
     than a chunk has left since they last were.
     """
     n_sink = blocks_for(sink, block_size) * block_size
-    reach = context - n_sink - window - block_size - 2 * chunk
+    reach = min(context // 4, context - n_sink - window - block_size - 2 * chunk)
 
     def places(T):
         rows, s, first, frame = [], torch.arange(T), 0, 0
