@@ -3,6 +3,7 @@
     python bench/quality.py                                 all parts, over an hour on two cores
     python bench/quality.py --only speed kept               some of them
     python bench/quality.py --only needle --lengths 1000 --depths 4
+    python bench/quality.py --only needle --lengths 32768 --depths 3     beyond the model's context
 
 speed       milliseconds per decode step and bytes in HBM, as the context grows
 kept        of full attention over 4,096 tokens: how often the greedy token is the same, the KL

@@ -162,3 +162,11 @@ def test_texts_longer_than_the_model_was_trained_on(tmp_path, capsys, scaled, lo
         run(script, folder, tmp_path, ["a", "b"], *options, *others)
         err = capsys.readouterr().err
         assert err.count("\n") == err.count(f"up to {longest - 1} tokens") == n
+
+
+def test_texts_beyond_the_context(tmp_path, tiny, capsys):
+    """A sentence where positions will be new to the model; a window keeps them from that."""
+    options, window = ["--max-seq-len", 9000, "--max-new-tokens", 1], ["--window", 64]
+    for more, warned in ([], True), (window, False), ([*window, "--top-k", 9], False):
+        run(TIERED, tiny, tmp_path, ["a"], *options, *more)
+        assert ("texts of up to 8192 tokens" in capsys.readouterr().err) == warned
