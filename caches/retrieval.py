@@ -57,7 +57,9 @@ class Away:
         # Which block is in which slot, {number: slot}, differs from layer to layer. The least
         # recently used first.
         self.held = [OrderedDict() for _ in range(n_layers)]
-        self.frame = 0  # How many tokens had left when positions were last squeezed.
+        # How many tokens had left when those that are back were last moved: up to a chunk fewer
+        # than now, or all would have to come again whenever a block leaves.
+        self.frame = 0
 
 
 class RetrievalCache(WindowCache):
@@ -69,27 +71,29 @@ class RetrievalCache(WindowCache):
 
     If all texts fit the model's context, keys keep their positions: with room for all blocks this
     is full attention. If not, what has left the window is squeezed into `reach` positions before
-    it: the sink walks, blocks keep their order, and no query sees a distance that the model has
-    not. For that, a block is in DRAM as if it began at position 0. (docs/window.svg; from block to
-    block, positions are interpolated as in Chen et al. 2023, section 2.3)
+    it: the sink walks, and blocks begin nearer to each other, in their order, so that no query sees
+    a distance that the model has not. Within a block distances stay, so blocks overlap. To be put
+    anywhere, a block is in DRAM as if it began at position 0. (docs/window.svg; interpolated
+    positions are from Chen et al. 2023, section 2.3; there those of all tokens)
     """
 
     def __init__(self, n_dram, top_k, context, sink, window, chunk, rotate, *others):
         """n_dram: blocks in DRAM; top_k: tokens that come back; context: the most that the model
         was trained on. The others as WindowCache's."""
-        self.squeezes = others[3] > context  # Whether texts may be longer.
-        rotate = rotate if self.squeezes else lambda keys, by: keys
-        super().__init__(sink, window, chunk, rotate, *others)
+        max_seq_len = others[3]
+        fits = max_seq_len <= context
+        super().__init__(sink, window, chunk, (lambda keys, by: keys) if fits else rotate, *others)
         size, (max_rows, width) = self.block_size, self.block_table.shape
-        # What else there is: at times a block more, a chunk that is read, and one that blocks lag
-        # behind. A quarter is enough; near the context's end SmolLM2 finds less.
-        self.reach = min(context // 4, context - (self.sink + 1) * size - window - 2 * chunk)
-        if self.squeezes and self.reach < size:
+        # Sink and window take the rest, with a block that is half in it, a chunk that is read, and
+        # one by which `frame` lags. A quarter will do: near its end SmolLM2 makes little of it.
+        rest = context - (self.sink + 1) * size - window - 2 * chunk
+        self.reach = max_seq_len if fits else min(context // 4, rest)
+        if self.reach < size:
             raise ValueError(f"a window of {window} tokens takes all of the context's {context}")
         # The most blocks that leave a row, and that come back to it at a time.
         self.n_far = max(0, (width * size + 1 - window) // size - self.sink)
         self.top_k = min(self.n_far, blocks_for(top_k, size))
-        # Each row has room for all of its blocks; their bounds are two tokens' keys.
+        # Each row has room for all of its blocks; the bounds of one take as much as a token.
         n_rooms = n_dram * size // (self.n_far * (size + 1)) if self.n_far else max_rows
         L, _, _, Hkv, _, D = self.kv.shape
         room = (min(max_rows, n_rooms), L, 2, Hkv, self.n_far)
@@ -119,24 +123,25 @@ class RetrievalCache(WindowCache):
         away.n += n
         super().evict(row, n)
         self.counts.update(spilled=n, dropped=-n)  # Not lost, as WindowCache.evict() counts.
-        if self.squeezes and self.n_evicted[row] - away.frame > self.chunk:
+        if self.n_evicted[row] - max(away.frame, self.reach) > self.chunk:
             away.frame = int(self.n_evicted[row])
             away.held = [OrderedDict() for _ in away.held]  # What is back moves: it comes again.
 
     def starts(self, row, numbers):
         """The positions (n, 1) at which these blocks begin when they are back."""
-        frame, starts = self.away[row].frame, torch.tensor(numbers)[:, None] * self.block_size
+        frame, size = self.away[row].frame, self.block_size
+        starts = torch.tensor(numbers)[:, None] * size  # Behind the sink.
         if frame > self.reach:
-            starts = frame - self.reach + starts * self.reach // frame
-        return self.sink * self.block_size + starts
+            starts = frame - self.reach + starts * (self.reach - size) // frame
+        return self.sink * size + starts
 
     def choose(self, layer, row, q):
         """The numbers of the blocks that q (T, H, D) wants back; of many, the last 32 decide."""
         away, Hkv = self.away[row], self.kv.shape[3]
         if away.n <= self.top_k:
             return range(away.n)
-        # In DRAM all blocks begin at 0: to the queries, right before the window.
-        q = self.rotate(q[-32:].cpu(), torch.tensor([-away.frame])).float() * q.shape[2] ** -0.5
+        # Blocks that all begin at 0 in DRAM are chosen as if all were near the window's beginning.
+        q = self.rotate(q[-32:].cpu(), -self.n_evicted[[row]]).float() * q.shape[2] ** -0.5
         q = q.unflatten(1, (Hkv, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T H / Hkv, D)
         bounds = self.bounds[row, layer, :, :, : away.n]
         return top_blocks(q, self.dram[row, layer, 0], bounds, self.top_k)

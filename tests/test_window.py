@@ -149,8 +149,7 @@ def test_the_blocks_chosen_are_those_with_the_most_attention(n, context):
     """Of the eight that by their bounds could have the most, wherever the keys are put."""
     torch.manual_seed(0)
     cache, written = retrieval_cache(n, 2, context=context)
-    away, unlike = cache.away[0], 0
-    assert (away.frame > 0) == (context == 30)
+    unlike = 0
     for layer in range(3):
         q = 3 * torch.randn(5, 4, 6)  # Five queries of four heads, two for each key head.
         could, has = torch.zeros(2, n)
@@ -158,7 +157,7 @@ def test_the_blocks_chosen_are_those_with_the_most_attention(n, context):
         seen = q  # As the keys in DRAM see it.
         if context == 30:  # Block 0 is behind a sink of four tokens.
             keys = rotate(keys, -4 - 4 * torch.arange(n).view(n, 1, 1))
-            seen = rotate(q, torch.tensor([-away.frame]))
+            seen = rotate(q, -cache.n_evicted)
         for t, h in product(range(5), range(4)):
             of_head = keys[:, h // 2]
             bound = torch.maximum(seen[t, h] * of_head.amax(1), seen[t, h] * of_head.amin(1))
@@ -176,9 +175,8 @@ def squeezed(n_prompt, sink, window, block_size, chunk, context):
     """What tokens see when everything that has left the window comes back, in a text that is longer
     than the model's context. As test_kvcache.in_window(): a function that returns key_at.
 
-    The sink is as far before the window as the context allows, at most where it was; between them,
-    blocks are where they were, or else shares of that way from each other. They are moved when more
-    than a chunk has left since they last were.
+    The sink is `reach` before what is left of the text, or where it was; blocks are where they were
+    until more than that has left, and then within the reach, moved again after a chunk.
     """
     n_sink = blocks_for(sink, block_size) * block_size
     reach = min(context // 4, context - n_sink - window - block_size - 2 * chunk)
@@ -189,16 +187,18 @@ def squeezed(n_prompt, sink, window, block_size, chunk, context):
         while first < T:
             n_new = min(chunk, n_prompt - first) if first < n_prompt else 1
             n_left = max(0, (first + 1 - window) // block_size * block_size - n_sink)
-            frame = n_left if n_left - frame > chunk else frame
+            frame = n_left if n_left - max(frame, reach) > chunk else frame
             key_at = torch.where(s < n_sink, s + max(0, n_left - reach), s)
             if frame > reach:
-                moved = n_sink + frame - reach + starts * reach // frame + s % block_size
+                moved = n_sink + frame - reach + starts * (reach - block_size) // frame
+                moved += s % block_size
                 key_at = torch.where((s >= n_sink) & (s < n_sink + n_left), moved, key_at)
             for t in range(first, min(first + n_new, T)):
                 rows.append(torch.where(s <= t, key_at, -1))
             first += n_new
         key_at = torch.stack(rows)
-        assert (key_at.diagonal()[:, None] - key_at)[key_at >= 0].max() < context
+        distances = (key_at.diagonal()[:, None] - key_at)[key_at >= 0]
+        assert distances.min() >= 0 and distances.max() < context
         return key_at
 
     return places
@@ -235,8 +235,13 @@ def test_squeezed_positions(tmp_path, tiny, monkeypatch, block_size, sink, windo
         tokens = prompt + answer[:n]
         expected = plain_forward(params, w, tokens, places(len(tokens)))
         torch.testing.assert_close(logits[n - limit][0], expected, atol=2e-4, rtol=1e-4)
+    large = ["--window", context - 12]
     with pytest.raises(SystemExit, match=f"takes all of the context's {context}"):
-        run(TIERED, tiny, tmp_path, texts, *options, "--window", context - 10)
+        run(TIERED, tiny, tmp_path, texts, *options, *large)
+    text = text_of(context - limit - 2, seed=1)  # That is all of the context.
+    result = run(TIERED, tiny, tmp_path, [text], *options, *large)
+    assert answers(result) == [plain_generate(tiny, tiny_prompt(text), limit)]
+    assert result["tiers"]["spilled"] >= (11 - sink) // block_size
 
 
 def test_memory_set_aside_for_retrieval(tmp_path, tiny):
