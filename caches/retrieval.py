@@ -84,11 +84,11 @@ class RetrievalCache(WindowCache):
         fits = max_seq_len <= context
         super().__init__(sink, window, chunk, (lambda keys, by: keys) if fits else rotate, *others)
         size, (max_rows, width) = self.block_size, self.block_table.shape
-        # Sink and window take the rest, with a block that is half in it, a chunk that is read, and
-        # one by which `frame` lags. A quarter will do: near its end SmolLM2 makes little of it.
+        # Sink and window need room, too, and a block half out of it, a chunk that is read, and one
+        # by which `frame` lags. A quarter will do: near the context's end SmolLM2 finds less.
         rest = context - (self.sink + 1) * size - window - 2 * chunk
         self.reach = max_seq_len if fits else min(context // 4, rest)
-        if self.reach < size:
+        if not fits and self.reach < size:
             raise ValueError(f"a window of {window} tokens takes all of the context's {context}")
         # The most blocks that leave a row, and that come back to it at a time.
         self.n_far = max(0, (width * size + 1 - window) // size - self.sink)

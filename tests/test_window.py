@@ -32,6 +32,8 @@ def test_a_window_that_nothing_leaves_is_full_attention(tmp_path, tiny):
             TIERED, tiny, tmp_path, texts, "--window", 69, "--max-new-tokens", 20, *options
         )
         assert answers(result) == expected and not result["tiers"]["dropped"]
+    short = run(TIERED, tiny, tmp_path, ["a"], "--window", 9, "--top-k", 9, "--max-new-tokens", 2)
+    assert answers(short) == [plain_generate(tiny, tiny_prompt("a"), 2, {258})]  # Under a block.
 
 
 def test_a_window_takes_constant_memory(tmp_path, tiny):
