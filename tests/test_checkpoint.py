@@ -154,19 +154,12 @@ def test_a_tokenizer_of_other_weights(tmp_path):
     [(False, 8192, 0), (False, 8193, 1), (True, 131072, 0), (True, 131073, 1)],
 )
 def test_texts_longer_than_the_model_was_trained_on(tmp_path, capsys, scaled, longest, said):
-    """One line on stderr, once, and none with a window, where positions do not grow."""
+    """One line on stderr, once, and none with a window, where positions do not grow or are
+    squeezed."""
     folder = make_checkpoint(tmp_path / "model", scaled=scaled)
     options = ["--max-seq-len", longest, "--max-new-tokens", 2]
     window, top_k = ["--window", 16], ["--window", 16, "--top-k", 16]
-    for script, others, n in ((PAGED, [], said), (TIERED, window, 0), (TIERED, top_k, said)):
+    for script, others, n in ((PAGED, [], said), (TIERED, window, 0), (TIERED, top_k, 0)):
         run(script, folder, tmp_path, ["a", "b"], *options, *others)
         err = capsys.readouterr().err
         assert err.count("\n") == err.count(f"up to {longest - 1} tokens") == n
-
-
-def test_texts_beyond_the_context(tmp_path, tiny, capsys):
-    """A sentence where positions will be new to the model; a window keeps them from that."""
-    options, window = ["--max-seq-len", 9000, "--max-new-tokens", 1], ["--window", 64]
-    for more, warned in ([], True), (window, False), ([*window, "--top-k", 9], False):
-        run(TIERED, tiny, tmp_path, ["a"], *options, *more)
-        assert ("texts of up to 8192 tokens" in capsys.readouterr().err) == warned

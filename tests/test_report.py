@@ -87,15 +87,19 @@ def test_what_is_sampled(tmp_path, tiny, monkeypatch):
     calls = record(monkeypatch, PAGED.Stats, "sample")
     options = ["--max-new-tokens", 6, "--max-seq-len", 64]
     run(NAIVE, tiny, tmp_path, texts, *options)
-    assert calls == [(3, 0, 3 * 64, sum(step)) for step in stored]
+    assert [call[1:] for call in calls] == [(3, 0, 3 * 64, sum(step)) for step in stored]
+    assert [list(map(len, new)) for new, *_ in calls] == [[16, 5, 11]] + [[1, 1, 1]] * 5
     calls.clear()
     run(PAGED, tiny, tmp_path, texts, "--block-size", 4, *options)
-    assert calls == [(3, 0, sum(-(-n // 4) * 4 for n in step), sum(step)) for step in stored]
+    reserved = [sum(-(-n // 4) * 4 for n in step) for step in stored]
+    expected = [(3, 0, n, sum(step)) for n, step in zip(reserved, stored, strict=True)]
+    assert [call[1:] for call in calls] == expected
     calls.clear()
     # Limited by --max-seq-len, request 0 ends two steps early: in the naive batch its row stays.
     run(NAIVE, tiny, tmp_path, texts, "--max-new-tokens", 6, "--max-seq-len", limits[0] - 2)
     live = [[n for n in step if n < limits[0] - 2] for step in stored]
-    assert calls == [(3, 0, 3 * (limits[0] - 2), sum(step)) for step in live]
+    expected = [(3, 0, 3 * (limits[0] - 2), sum(step)) for step in live]
+    assert [call[1:] for call in calls] == expected
 
 
 def test_prompts_first():
@@ -131,7 +135,7 @@ def test_order_of_admission(tmp_path, tiny, monkeypatch, slots, overlap):
     assert result["preemptions"] == len(requests) - 6 > 0
     for i, request in enumerate(requests):  # Later ones were here before only to be preempted.
         assert all(later in requests[i:] for later in requests[:i] if later > request)
-    assert any(now[0] > old[1] - now[1] > 0 for old, now in pairwise(sampled)) == overlap
+    assert any(now[1] > old[2] - now[2] > 0 for old, now in pairwise(sampled)) == overlap
 
 
 def test_all_that_fit_run_at_once_though_some_could_end_early(tmp_path, tiny):
