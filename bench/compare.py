@@ -22,7 +22,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -167,18 +166,16 @@ def main():
         return print_table(json.loads(args.json.read_text())["strategies"])
     columns = earlier(args.json, asked).get("strategies", {})
     for name in args.only:
-        print(f"{name} ...", end="", file=sys.stderr, flush=True)
-        start = time.perf_counter()
+        print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             column = measure(name, args)
         except RuntimeError as error:
+            print(error, file=sys.stderr)
             column = {"error": str(error)[:150]}
         if "error" not in column or "error" in columns.get(name, column):  # A measured one stays.
             columns[name] = column
         columns = {known: columns[known] for known in STRATEGIES if known in columns}
         save(args.json, {"asked": asked, "strategies": columns})
-        speed = column.get("error") or f"{column['tokens_per_s']:.0f} tokens/s"
-        print(f" {speed}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
     print_table(columns)
 
 

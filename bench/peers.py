@@ -97,10 +97,7 @@ def products(model, new, *_):
 
 
 def generate(folder):
-    """transformers' generate() on equal batches of 8 or fewer, padded, similar lengths together.
-
-    (One batch of 49 took 1.8 times as long: what has been padded is computed.)
-    """
+    """transformers' generate() on equal batches of 8 or fewer, padded, similar lengths together."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16).eval()

@@ -24,6 +24,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from contextlib import redirect_stdout
+from copy import deepcopy
 from functools import partial
 from pydoc_data.topics import topics
 
@@ -121,16 +122,6 @@ class Bench:
         cache = self.cache(len(tokens), **policy)
         return torch.cat(list(self.read(cache, tokens, chunk))), cache
 
-    def hbm_bytes(self, cache):
-        """What the text takes in HBM."""
-        size = cache.block_size
-        n = blocks_for(int(cache.seq_len[0]), size) * size
-        if isinstance(cache, RetrievalCache):
-            n += min(cache.top_k, cache.away[0].n) * size
-        if isinstance(cache, CompressedCache):
-            n += cache.packed.n * size * cache.packed_bytes / cache.block_bytes
-        return n * self.stats.bytes_per_token
-
     def manual(self, n):
         """The first n tokens of Python's manual."""
         text = "\n".join(topics[name] for name in sorted(topics))
@@ -153,7 +144,7 @@ def decode_step(bench, n, policy, rounds=15):
         start = time.perf_counter()
         bench.step(cache, [random.randrange(1000, 40000)]).sum().item()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[3:]) * 1000, bench.hbm_bytes(cache)
+    return statistics.median(seconds[3:]) * 1000, cache.usage()[1] * bench.stats.bytes_per_token
 
 
 def speed(bench, args):
@@ -180,7 +171,7 @@ def kept(bench, args):
         here = logits[half:].log_softmax(1)
         same = (here.argmax(1) == full.argmax(1)).float().mean()
         kl = (full.exp() * (full - here)).sum(1).mean()
-        size = bench.hbm_bytes(cache) / len(tokens)
+        size = cache.usage()[1] / len(tokens) * bench.stats.bytes_per_token
         case = {"policy": name, "share": share, "bytes_a_token": size}
         yield {**case, "same": float(same), "kl": float(kl)}
 
@@ -219,7 +210,7 @@ def perplexity(bench, args):
 
 
 def needle_prompt(bench, n, depth, seed):
-    """A chat of about n tokens with the needle at this depth (0 to 1), and the number."""
+    """A chat of about n tokens, where its needle begins (depth: 0 to 1), and the number."""
     draw = random.Random(seed)
     key = draw.choice(["boat", "lamp", "river", "chair", "cloud", "stone", "train"])
     number = str(draw.randrange(10**6, 10**7))
@@ -229,23 +220,37 @@ def needle_prompt(bench, n, depth, seed):
     end = encode(QUESTION.format(key=key)) + encode(chat["end"] + chat["assistant"])
     end += encode(ANSWER.format(key=key))
     lines = (n - len(head + needle + end)) // len(line)
-    before = round(depth * lines)
-    return head + line * before + needle + line * (lines - before) + end, number
+    after = lines - round(depth * lines)
+    before = head + line * (lines - after)
+    return before + needle + line * after + end, len(before), number
 
 
-def finds(bench, prompt, number, policy):
-    """Whether the number is in the model's next ten tokens."""
-    cache, answer = bench.cache(len(prompt) + 12, **policy), []
-    logits = deque(bench.read(cache, prompt, each=False), maxlen=1)[0]
+def answer(bench, cache, tokens):
+    """The model's next ten tokens after these, as text."""
+    logits, new = deque(bench.read(cache, tokens, each=False), maxlen=1)[0], []
     for _ in range(10):
-        answer.append(int(logits[-1].argmax()))
-        logits = bench.step(cache, answer[-1:])
-    return number in bench.encoding.decode(answer)
+        new.append(int(logits[-1].argmax()))
+        logits = bench.step(cache, new[-1:])
+    return bench.encoding.decode(new)
+
+
+def find(bench, n, prompts, policy):
+    """Whether each number is in the model's answer, for prompts in the order of their needles.
+
+    What is before a needle is read once, in the chunks of a whole text; answers go on from copies.
+    """
+    cache = bench.cache(n + 12, **policy)
+    chunk, start = getattr(cache, "chunk", 512), 0
+    for tokens, begin, number in prompts:
+        end = begin // chunk * chunk
+        deque(bench.read(cache, tokens[start:end], each=False), maxlen=0)
+        yield number in answer(bench, deepcopy(cache), tokens[end:])
+        start = end
 
 
 def needle(bench, args):
-    """Needles at depths spread over the text; what FILE has is not measured again. Behind the
-    model's context, HBM has room for 4,096 tokens."""
+    """Needles spread over the text; those that FILE has are not looked for again. Beyond the
+    model's context, HBM has room for 4,096 tokens. seconds: of the first, at the beginning."""
     for n in args.lengths:
         shares = args.shares if n <= CONTEXT else [n // 4096]
         cases = {(name, s): p for s in shares for name, p in policies(n // s).items()}
@@ -256,11 +261,15 @@ def needle(bench, args):
                 continue
             case = {"tokens": n, "policy": name, "share": share}
             known = (old for old in args.needles if case.items() <= old.items())
-            case |= next(known, {"found": [], "seconds": []})
-            for i in range(len(case["found"]), args.depths):
-                prompt, start = needle_prompt(bench, n, i * GOLDEN % 1, i), time.perf_counter()
-                case["found"].append(finds(bench, *prompt, policy))
-                case["seconds"].append(time.perf_counter() - start)
+            case |= next(known, {"depths": [], "found": []})
+            depths = {round(i * GOLDEN % 1, 3): i for i in range(args.depths)}
+            depths = {d: i for d, i in sorted(depths.items()) if d not in case["depths"]}
+            prompts = [needle_prompt(bench, n, *depth) for depth in depths.items()]
+            start = time.perf_counter()
+            for depth, found in zip(depths, find(bench, n, prompts, policy), strict=True):
+                case["depths"].append(depth)
+                case["found"].append(found)
+                case.setdefault("seconds", time.perf_counter() - start)
                 yield case
 
 
@@ -281,12 +290,11 @@ def print_tables(result):
         rows.append(row)
     table(rows)
     print("\nNeedles found")
-    cases = result.get("needle", [])
-    cases = sorted(cases, key=lambda case: (case["tokens"], case["policy"], case["share"] or 0))
+    cases = sorted(result.get("needle", []), key=lambda case: (case["tokens"], case["policy"]))
     for case in cases:
-        case["found"] = f"{sum(case['found'])} of {len(case['found'])}"
-        if seconds := case.pop("seconds"):
-            case["s / 1000"] = statistics.median(seconds) * 1000 / case["tokens"]
+        case["found"] = f"{sum(case['found'])} of {len(case.pop('depths'))}"
+        if seconds := case.pop("seconds", None):
+            case["s / 1000"] = seconds * 1000 / case["tokens"]
     table(cases)
 
 

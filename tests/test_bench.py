@@ -13,7 +13,6 @@ import torch
 from torch.testing import assert_close as close
 
 from test_kvcache import (
-    BYTES_PER_TOKEN,
     CHAT,
     HERE,
     NAIVE,
@@ -292,16 +291,16 @@ def test_logits_after_each_token_of_a_text(load, tiny):
     full, cache = bench.logits(tokens)
     for n in (1, 50, 90):
         close(full[n - 1], plain_forward(params, w, tokens[:n]), rtol=1e-3, atol=1e-3)
-    assert bench.hbm_bytes(cache) == 96 * BYTES_PER_TOKEN
+    assert cache.usage()[1] == 90
     for policy in ({}, {"sink": 16, "window": 90}, {"sink": 16, "window": 20, "top_k": 80}):
         logits, cache = bench.logits(tokens, 7, **policy)
         close(logits, full, rtol=1e-3, atol=1e-3)
-    assert bench.hbm_bytes(cache) == 96 * BYTES_PER_TOKEN  # Three blocks have left, and are back.
+    assert cache.usage()[1] == 90  # Three blocks have left, and are back.
     (last,) = bench.read(bench.cache(90), tokens, each=False)
     close(last, full[-1:], rtol=1e-3, atol=1e-3)
     logits, cache = bench.logits(tokens, 7, sink=16, window=20)
     assert (logits - full).abs().max() > 0.1
-    assert bench.hbm_bytes(cache) == 48 * BYTES_PER_TOKEN
+    assert cache.usage()[1] == 90 - 48
 
 
 def test_needles_are_looked_for_once(load, call, tmp_path, tiny, monkeypatch, capsys):
@@ -310,20 +309,38 @@ def test_needles_are_looked_for_once(load, call, tmp_path, tiny, monkeypatch, ca
     bench = quality.Bench("--model", str(tiny), *FLOAT32)
     monkeypatch.setattr(quality, "Bench", lambda: bench)
 
-    def finds(bench, prompt, number, policy):
-        tried.append((len(prompt), policy))
-        return len(tried) % 2 > 0
+    def find(bench, n, prompts, policy):
+        for tokens, begin, _ in prompts:
+            tried.append((len(tokens), begin, policy))
+            yield len(tried) % 2 > 0
 
-    monkeypatch.setattr(quality, "finds", finds)
+    monkeypatch.setattr(quality, "find", find)
     options = ["--only", "needle", "--lengths", 16384, "--json", tmp_path / "json"]
     call("quality", *options, "--depths", 1)
-    assert [policy for _, policy in tried] == list(quality.policies(4096).values())
+    assert [policy for _, _, policy in tried] == list(quality.policies(4096).values())
     call("quality", *options, "--depths", 3)
-    assert len(tried) == 6 and all(16300 < n <= 16384 for n, _ in tried)
+    assert len(tried) == 6 and all(16300 < n <= 16384 for n, _, _ in tried)
     cases = json.loads((tmp_path / "json").read_text())["needle"]
     found = {case["policy"]: case["found"] for case in cases}
     assert found == {"sink + window": [True, True, False], "retrieval": [False, True, False]}
+    assert all(case["depths"] == [0, 0.236, 0.618] for case in cases)
+    # What is before a needle may be read once for all: the later ones come later.
+    depths = [begin / n for n, begin, _ in tried]
+    assert depths == pytest.approx([0, 0, 0.236, 0.618, 0.236, 0.618], abs=0.01)
     assert "2 of 3" in capsys.readouterr().out
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("policy", [{}, {"sink": 16, "window": 40, "top_k": 64}])
+def test_needles_are_looked_for_in_whole_texts(load, tiny, monkeypatch, policy):
+    """Answers from copies of what was read before the needle are those from the beginning."""
+    quality, answers = load("quality"), []
+    bench, answer = quality.Bench("--model", str(tiny), *FLOAT32), quality.answer
+    monkeypatch.setattr(quality, "answer", lambda *args: answers.append(answer(*args)) or "")
+    prompts = [quality.needle_prompt(bench, 1200, depth, 0) for depth in (0, 0.3, 0.5, 0.9)]
+    list(quality.find(bench, 1200, prompts, policy))
+    whole = [answer(bench, bench.cache(1300, **policy), tokens) for tokens, _, _ in prompts]
+    assert answers == whole and len(set(whole)) == 4
 
 
 @torch.inference_mode()
