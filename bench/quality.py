@@ -210,7 +210,7 @@ def perplexity(bench, args):
 
 
 def needle_prompt(bench, n, depth, seed):
-    """A chat of about n tokens, where its needle begins (depth: 0 to 1), and the number."""
+    """A chat of about n tokens with its answer, where its needle begins, and the number."""
     draw = random.Random(seed)
     key = draw.choice(["boat", "lamp", "river", "chair", "cloud", "stone", "train"])
     number = str(draw.randrange(10**6, 10**7))
@@ -219,7 +219,7 @@ def needle_prompt(bench, n, depth, seed):
     needle = encode(NEEDLE.format(key=key, number=number))
     end = encode(QUESTION.format(key=key)) + encode(chat["end"] + chat["assistant"])
     end += encode(ANSWER.format(key=key))
-    lines = (n - len(head + needle + end)) // len(line)
+    lines = (n - 10 - len(head + needle + end)) // len(line)
     after = lines - round(depth * lines)
     before = head + line * (lines - after)
     return before + needle + line * after + end, len(before), number
@@ -239,7 +239,7 @@ def find(bench, n, prompts, policy):
 
     What is before a needle is read once, in the chunks of a whole text; answers go on from copies.
     """
-    cache = bench.cache(n + 12, **policy)
+    cache = bench.cache(n, **policy)
     chunk, start = getattr(cache, "chunk", 512), 0
     for tokens, begin, number in prompts:
         end = begin // chunk * chunk
