@@ -134,23 +134,25 @@ class Bench:
 def decode_step(bench, n, policy, rounds=15):
     """Milliseconds of a decode step behind n tokens of random numbers, and bytes in HBM."""
     cache = bench.cache(n + rounds + 8, **policy)
-    for start in range(0, n, cache.chunk):
-        size, stored = min(cache.chunk, n - start), int(cache.seq_len[0])
-        new = cache.block_table[0, stored // 16 : blocks_for(stored + size, 16)].long()
+    size, chunk = cache.block_size, getattr(cache, "chunk", 512)
+    for start in range(0, n, chunk):
+        end = int(cache.seq_len[0]) + min(chunk, n - start)
+        new = cache.block_table[0, int(cache.seq_len[0]) // size : blocks_for(end, size)].long()
         cache.kv[:, :, new] = torch.randn_like(cache.kv[:, :, new])
-        cache.advance({0: [0] * size})
+        cache.advance({0: [0] * min(chunk, n - start)})
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
-        bench.step(cache, [random.randrange(1000, 40000)]).sum().item()
+        bench.step(cache, [random.randrange(200)]).sum().item()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[3:]) * 1000, cache.usage()[1] * bench.stats.bytes_per_token
 
 
 def speed(bench, args):
     """HBM for 1,024 tokens against a context that grows: medians of three rounds, in turn."""
-    ways = {"full": {}, **policies(1024)}
-    cases = [(1024 * 2**i, name) for i in range(8) for name in ways]
+    ways = {"full": {}, "int8": COMPRESSED["int8"], "int4": COMPRESSED["int4"], **policies(1024)}
+    names = [name for name in ways if name in (args.policies or ways)]
+    cases = [(1024 * 2**i, name) for i in range(8) for name in names]
     medians = in_turn(cases, 3, lambda case: decode_step(bench, case[0], ways[case[1]]))
     for (n, name), (ms, size) in medians.items():
         yield {"context": n, "policy": name, "ms": ms, "hbm_bytes": size}
@@ -311,7 +313,7 @@ def main():
     add("--lengths", nargs="+", type=int, default=(1000, 2000, 4000, 7500), metavar="N")
     add("--shares", nargs="+", type=int, default=SHARES, metavar="S", help="HBM for 1/S of a text")
     add("--windows", nargs="+", type=int, default=(256, 512, 1024), help="for perplexity")
-    add("--policies", nargs="+", metavar="NAME", help="some only, for perplexity and needle")
+    add("--policies", nargs="+", metavar="NAME", help="some only, but for kept")
     add("--depths", type=int, default=20, help="needles for each length (20)")
     args = parser.parse_args()
     result = json.loads(args.json.read_text()) if args.json.exists() else {}

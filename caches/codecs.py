@@ -38,10 +38,11 @@ class Integers:
 
     def __init__(self, bits, shape, block_size, dtype):
         (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
+        self.attend = attend_packed if block_size % 8 == 0 and D % 16 == 0 else None
         self.parts = {
             "keys": part(torch.float16, L, 2, Hkv, 1, D),  # Scale and zero.
             "values": part(torch.float16, L, 2, Hkv, block_size, 1),
-            "codes": part(torch.uint8, L, 2, Hkv, block_size, D * bits // 8),
+            "codes": part(torch.uint8, L, 2, Hkv, block_size * D * bits // 8),
         }
 
     def encode(self, kv):
@@ -56,19 +57,22 @@ class Integers:
         if self.bits == 4:  # Of a byte, the lower half is from the head's first half.
             first, second = codes.chunk(2, 5)
             codes = first + 16 * second
+        keys, values = codes.unbind(2)  # Keys lie channel by channel.
+        codes = torch.stack([keys.transpose(3, 4).flatten(3), values.flatten(3)], 2)
         return {**parts, "codes": codes}
 
     def restore(self, parts, ids, layer):
-        codes = parts["codes"][ids, layer]  # (n, 2, Hkv, block_size, D * bits / 8)
+        keys, values = parts["codes"][ids, layer].unbind(1)  # (n, Hkv, block_size * D * bits / 8)
+        size = self.parts["values"].shape[3]
+        keys = keys.unflatten(2, (-1, size)).transpose(2, 3)
+        codes = torch.stack([keys, values.unflatten(2, (size, -1))], 1)
         if self.bits == 4:
             codes = torch.cat([codes & 15, codes >> 4], 4)
-        restored = []
+        restored = []  # (n, 2, Hkv, block_size, D)
         for name, x in zip(("keys", "values"), codes.unbind(1), strict=True):
             scale, zero = parts[name][ids, layer].float().unbind(1)
             restored.append(zero + x * scale)
         return torch.stack(restored).to(self.dtype)
-
-    attend = staticmethod(attend_packed) if attend_packed else None
 
 
 class MiniCache:

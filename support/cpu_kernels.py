@@ -67,8 +67,7 @@ def compiled(dtype, D, G):
 
             weights = np.empty((G, n), np.float32)  # First the scores.
             for t in range(n):
-                for d in range(0, D, 32):  # 64 bytes if each has 16 bits.
-                    prefetch(k_cache, at[t + AHEAD] + d)
+                prefetch(k_cache, at[t + AHEAD], D)
                 key = k_cache[at[t] : at[t] + D]
                 for g in range(G):
                     score = np.float32(0)
@@ -80,8 +79,7 @@ def compiled(dtype, D, G):
 
             attended = out[row, h * G : (h + 1) * G]  # Zeros so far.
             for t in range(n):
-                for d in range(0, D, 32):
-                    prefetch(v_cache, at[t + AHEAD] + d)
+                prefetch(v_cache, at[t + AHEAD], D)
                 value = v_cache[at[t] : at[t] + D]
                 for g in range(G):
                     for d in range(D):

@@ -194,16 +194,16 @@ def test_attention_over_both_kinds(monkeypatch, codec, dtype, T):
             assert torch.equal(text_of_row(cache, 1, row), text)
 
 
-@pytest.mark.parametrize(("bits", "D", "G"), [(8, 64, 3), (4, 64, 3), (4, 6, 2)])
-def test_the_kernel_reads_blocks_where_they_lie(bits, D, G):
+@pytest.mark.parametrize(("bits", "D", "G", "size"), [(8, 64, 3, 8), (4, 64, 3, 24), (4, 16, 2, 8)])
+def test_the_kernel_reads_blocks_where_they_lie(bits, D, G, size):
     """Against float64 over restored blocks, with other layers and rooms full of 255."""
     from support.packed_kernel import attend_packed
 
     torch.manual_seed(0)
-    codec = Integers(bits, (3, 2, D), 7, torch.float64)
+    codec = Integers(bits, (3, 2, D), size, torch.float64)
     parts = {name: torch.zeros(12, *p.shape, dtype=p.dtype) for name, p in codec.parts.items()}
     parts["codes"][:] = 255
-    encoded = codec.encode(torch.randn(9, 3, 2, 2, 7, D))
+    encoded = codec.encode(torch.randn(9, 3, 2, 2, size, D))
     ids = torch.tensor([3, 11, 0, 5, 4, 7, 8, 1, 9])
     for name, values in encoded.items():
         parts[name][ids] = values.to(parts[name].dtype)
@@ -221,6 +221,8 @@ def test_the_kernel_reads_blocks_where_they_lie(bits, D, G):
         expected = scores.logsumexp(1) / math.log(2)
         torch.testing.assert_close(sums[row].double(), expected, rtol=1e-5, atol=1e-5)
     assert not out[1].any() and (sums[1] < -1e29).all()
+    assert codec.attend is attend_packed
+    assert not Integers(bits, (3, 2, D), 20, torch.float64).attend  # It takes eight at a time.
 
 
 # --- Memory ---------------------------------------------------------------------------------------
