@@ -38,7 +38,8 @@ class Integers:
 
     def __init__(self, bits, shape, block_size, dtype):
         (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
-        self.attend = attend_packed if block_size % 8 == 0 and D % 16 == 0 else None
+        fits = D % 16 == 0 and block_size in range(8, 257, 8)
+        self.attend = attend_packed if fits else None
         self.parts = {
             "keys": part(torch.float16, L, 2, Hkv, 1, D),  # Scale and zero.
             "values": part(torch.float16, L, 2, Hkv, block_size, 1),
@@ -52,24 +53,20 @@ class Integers:
             scale = (high - low) / (2**self.bits - 1)
             parts[name] = torch.stack([scale.clamp(min=2**-24), low], 2).half()
             scale, zero = parts[name].float().unbind(2)  # As they are stored.
-            codes.append(((x - zero) / scale).round().clamp(0, 2**self.bits - 1).byte())
-        codes = torch.stack(codes, 2)
-        if self.bits == 4:  # Of a byte, the lower half is from the head's first half.
-            first, second = codes.chunk(2, 5)
-            codes = first + 16 * second
-        keys, values = codes.unbind(2)  # Keys lie channel by channel.
-        codes = torch.stack([keys.transpose(3, 4).flatten(3), values.flatten(3)], 2)
-        return {**parts, "codes": codes}
+            x = ((x - zero) / scale).round().clamp(0, 2**self.bits - 1).byte()
+            if self.bits == 4:  # Of a byte, the lower half is from the head's first half.
+                first, second = x.chunk(2, 4)
+                x = first + 16 * second
+            x = x.transpose(3, 4) if name == "keys" else x  # Keys lie channel by channel.
+            codes.append(x.flatten(3))
+        return {**parts, "codes": torch.stack(codes, 2)}
 
     def restore(self, parts, ids, layer):
         keys, values = parts["codes"][ids, layer].unbind(1)  # (n, Hkv, block_size * D * bits / 8)
-        size = self.parts["values"].shape[3]
+        size, restored = self.parts["values"].shape[3], []
         keys = keys.unflatten(2, (-1, size)).transpose(2, 3)
-        codes = torch.stack([keys, values.unflatten(2, (size, -1))], 1)
-        if self.bits == 4:
-            codes = torch.cat([codes & 15, codes >> 4], 4)
-        restored = []  # (n, 2, Hkv, block_size, D)
-        for name, x in zip(("keys", "values"), codes.unbind(1), strict=True):
+        for name, x in (("keys", keys), ("values", values.unflatten(2, (size, -1)))):
+            x = torch.cat([x & 15, x >> 4], 3) if self.bits == 4 else x
             scale, zero = parts[name][ids, layer].float().unbind(1)
             restored.append(zero + x * scale)
         return torch.stack(restored).to(self.dtype)

@@ -69,11 +69,13 @@ def add_rows(typingctx, out, column, weights, i, codes, at, half, G, m, bits):
     """out (G, n)[:, column : column + m] += weights (G, n)[:, i : i + 4] @ numbers (4, m).
 
     The numbers are the bytes from codes[at] on or, of 4 bits, their lower (half 0) or upper half.
-    G, m and bits are constants, m a multiple of 8: so many at a time stay in registers, each made a
-    float once. (As loops in Python this took 1.3 times as long, and over twice with 4 bits: for all
-    that a compiler knows, out and codes may overlap.)
+    All arrays are contiguous. G, m and bits are constants, m a multiple of 8: so many at a time
+    stay in registers, each made a float once. (As loops in Python this took 1.3 times as long, and
+    over twice with 4 bits: for all that a compiler knows, out and codes may overlap.)
     """
-    rows, m_, bits_ = range(G.literal_value), m.literal_value, bits.literal_value
+    n = types.int64
+    signature = types.void(out, n, weights, n, codes, n, n, G, m, bits)
+    G, m, bits = (constant.literal_value for constant in (G, m, bits))
 
     def codegen(context, builder, signature, args):
         arrays = list(zip(signature.args, args, strict=True))[:5:2]
@@ -89,19 +91,19 @@ def add_rows(typingctx, out, column, weights, i, codes, at, half, G, m, bits):
             return builder.shuffle_vector(vector, vector, INTS([0] * 8))
 
         def numbers(row, j):
-            first = builder.gep(codes.data, [builder.add(at, LONG(row * m_ + j))])
+            first = builder.gep(codes.data, [builder.add(at, LONG(row * m + j))])
             x = builder.load(builder.bitcast(first, BYTES.as_pointer()), align=1)
             x = builder.zext(x, INTS)
-            if bits_ == 4:
+            if bits == 4:
                 shift = builder.mul(builder.trunc(half, INT), INT(4))
                 x = builder.and_(builder.lshr(x, each(shift, INTS)), INTS([15] * 8))
             return builder.sitofp(x, FLOATS)
 
         of_row = [builder.add(i, LONG(row)) for row in range(4)]
-        w = [[builder.load(place(weights, g, x)) for x in of_row] for g in rows]
-        for j in range(0, m_, 8):
+        w = [[builder.load(place(weights, g, x)) for x in of_row] for g in range(G)]
+        for j in range(0, m, 8):
             xs = [numbers(row, j) for row in range(4)]
-            for g in rows:
+            for g in range(G):
                 line = place(out, g, builder.add(column, LONG(j)))
                 line = builder.bitcast(line, FLOATS.as_pointer())
                 total = builder.load(line, align=4)
@@ -111,8 +113,7 @@ def add_rows(typingctx, out, column, weights, i, codes, at, half, G, m, bits):
                 builder.store(total, line, align=4)
         return context.get_dummy_value()
 
-    n = types.int64
-    return types.void(out, n, weights, n, codes, n, n, G, m, bits), codegen
+    return signature, codegen
 
 
 # 2^x from -0.5 to 0.5: least squares over Chebyshev's nodes.

@@ -16,7 +16,7 @@ Keys lie channel by channel for it: then neither adds up what is side by side in
 Throughout this file
     B  requests in the batch, one row each       H    query heads
     G  query heads that share a K/V head         Hkv  key and value heads, H = G * Hkv
-    n  compressed tokens of a row                D    size of a head
+    n  compressed blocks of a row                D    size of a head
 """
 
 import functools
@@ -34,7 +34,7 @@ from support.numba_help import add_rows, as_float, compile_once, prefetch, softm
 def compiled(bits, D, G, size):
     """The loop for numbers of 8 or 4 bits, a head size, a group and a block size. (See cpu_kernels)
 
-    D is a multiple of 16, size of 8.
+    D is a multiple of 16, size of 8, and not too large: add_rows() writes out what it does.
     """
     halves = 8 // bits  # Of a byte: two numbers of 4 bits. The lower is from the head's first half.
     width = D // halves
@@ -54,7 +54,7 @@ def compiled(bits, D, G, size):
                 prefetch(keys, after * k[0] + h * k[2], D)
                 prefetch(keys, after * k[0] + k[1] + h * k[2], D)
                 first = block * k[0] + h * k[2]
-                scales, zeros = keys[first:][:D], keys[first + k[1] :][:D]
+                scales, zeros = keys[first : first + D], keys[first + k[1] :][:D]
                 for g in range(G):
                     constant = np.float32(0)
                     for d in range(D):
@@ -75,7 +75,7 @@ def compiled(bits, D, G, size):
                 prefetch(values, after * v[0] + h * v[2], size)
                 prefetch(values, after * v[0] + v[1] + h * v[2], size)
                 first = block * v[0] + h * v[2]
-                scales, zeros = values[first:][:size], values[first + v[1] :][:size]
+                scales, zeros = values[first : first + size], values[first + v[1] :][:size]
                 for g in range(G):
                     constant, own = np.float32(0), weights[g, i * size : i * size + size]
                     for t in range(size):

@@ -307,14 +307,14 @@ def test_logits_after_each_token_of_a_text(load, tiny):
 def test_steps_behind_random_numbers(load, tiny):
     """Of each cache, with n tokens and those of the measured steps in it."""
     bench, n = load("quality").Bench("--model", str(tiny), *FLOAT32), 600
-    kept = {"full": n + 4, "window": 16 + 100, "retrieval": 16 + 100 + 50, "int8": 0.8 * n}
+    kept = {"full": n + 4, "window": 16 + 100, "retrieval": 16 + 100 + 64, "int8": 0.4 * n}
     policies = {"full": {}, "window": {"sink": 16, "window": 100}, "int8": {"compress": "int8"}}
     policies["retrieval"] = {**policies["window"], "top_k": 50}
     for name, policy in policies.items():
         ms, size = load("quality").decode_step(bench, n, policy, rounds=4)
         assert ms > 0, name
         tokens = size / bench.stats.bytes_per_token
-        assert tokens == kept[name] if name == "full" else tokens <= kept[name] + 2 * 16, name
+        assert tokens == n + 4 if name == "full" else abs(tokens - kept[name]) <= 32, tokens
 
 
 def test_needles_are_looked_for_once(load, call, tmp_path, tiny, monkeypatch, capsys):
@@ -345,7 +345,9 @@ def test_needles_are_looked_for_once(load, call, tmp_path, tiny, monkeypatch, ca
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("policy", [{}, {"sink": 16, "window": 40, "top_k": 64}])
+@pytest.mark.parametrize(
+    "policy", [{}, {"compress": "int4"}, {"sink": 16, "window": 40, "top_k": 64}]
+)
 def test_needles_are_looked_for_in_whole_texts(load, tiny, monkeypatch, policy):
     """Answers from copies of what was read before the needle are those from the beginning."""
     quality, answers = load("quality"), []
