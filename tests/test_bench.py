@@ -329,11 +329,11 @@ def test_needles_are_looked_for_once(load, call, tmp_path, tiny, monkeypatch, ca
             yield len(tried) % 2 > 0
 
     monkeypatch.setattr(quality, "find", find)
-    options = ["--only", "needle", "--lengths", 16384, "--json", tmp_path / "json"]
+    options = ["--only", "needle", "--lengths", 18000, "--json", tmp_path / "json"]
     call("quality", *options, "--depths", 1)
     assert [policy for _, _, policy in tried] == list(quality.policies(4096).values())
     call("quality", *options, "--depths", 3)
-    assert len(tried) == 6 and all(16280 < n <= 16374 for n, _, _ in tried)
+    assert len(tried) == 6 and all(17890 < n <= 17990 for n, _, _ in tried)
     cases = json.loads((tmp_path / "json").read_text())["needle"]
     found = {case["policy"]: case["found"] for case in cases}
     assert found == {"sink + window": [True, True, False], "retrieval": [False, True, False]}
