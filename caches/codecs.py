@@ -38,8 +38,7 @@ class Integers:
 
     def __init__(self, bits, shape, block_size, dtype):
         (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
-        fits = D % 16 == 0 and block_size in range(8, 257, 8)
-        self.attend = attend_packed if fits else None
+        self.attend = attend_packed if D % 16 == 0 and block_size in range(8, 257, 8) else None
         self.parts = {
             "keys": part(torch.float16, L, 2, Hkv, 1, D),  # Scale and zero.
             "values": part(torch.float16, L, 2, Hkv, block_size, 1),

@@ -5,6 +5,7 @@ a softmax by it, and machine code that the next process finds on disk.
 """
 
 import os
+import signal
 
 import numpy as np
 
@@ -92,8 +93,8 @@ def add_rows(typingctx, out, column, weights, i, codes, at, half, G, m, bits):
 
         def numbers(row, j):
             first = builder.gep(codes.data, [builder.add(at, LONG(row * m + j))])
-            x = builder.load(builder.bitcast(first, BYTES.as_pointer()), align=1)
-            x = builder.zext(x, INTS)
+            first = builder.bitcast(first, BYTES.as_pointer())
+            x = builder.zext(builder.load(first, align=1), INTS)
             if bits == 4:
                 shift = builder.mul(builder.trunc(half, INT), INT(4))
                 x = builder.and_(builder.lshr(x, each(shift, INTS)), INTS([15] * 8))
@@ -156,7 +157,13 @@ def compile_once(loop, name, signature):
     # loops call functions, has changed.
     loop.__qualname__ += f"-{name}-{os.stat(__file__).st_mtime_ns}"
     options = {"parallel": True, "fastmath": True, "error_model": "numpy"}
+    held = []  # Ctrl-C has to wait: raised in one of llvmlite's finalizers, it would be lost.
+    handler = signal.signal(signal.SIGINT, lambda *args: held.append(args))
     try:
         return njit(signature, cache=True, **options)(loop)
     except RuntimeError:  # Neither the checkout nor the user's cache folder can be written.
         return njit(signature, **options)(loop)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held and callable(handler):
+            handler(*held[0])

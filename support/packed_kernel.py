@@ -101,11 +101,10 @@ def attend_packed(q, parts, layer, table, n_blocks):
     """Attention of q (B, H, D) over compressed blocks only, and the log2 of its sums, (B, H)."""
     codes, keys, values = (parts[name][:, layer] for name in ("codes", "keys", "values"))
     (B, H, D), (Hkv, size) = q.shape, values.shape[2:4]
-    bits = 8 * codes.shape[3] // (size * D)
     q = q.float() * (D**-0.5 * math.log2(math.e))
     out, sums = torch.zeros(B, H, D), torch.empty(B, H)
     numbers = flat(codes), flat(keys).view(torch.int16), flat(values).view(torch.int16)
-    compiled(bits, D, H // Hkv, size)(
+    compiled(8 * codes.shape[3] // (size * D), D, H // Hkv, size)(
         *(x.numpy() for x in (q, *numbers, table, n_blocks, out, sums)),
         codes.stride()[:3], keys.stride()[:3], values.stride()[:3],
     )  # fmt: skip

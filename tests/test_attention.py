@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -296,3 +297,17 @@ def test_without_numba_the_definition_runs(tmp_path):
     )
     (line,) = done.stderr.splitlines()
     assert "pip install numba" in line
+
+
+def test_ctrl_c_waits_for_the_compiler(monkeypatch):
+    """Raised in one of its finalizers, Python would print it and go on."""
+
+    def njit(*_, **__):
+        signal.raise_signal(signal.SIGINT)
+        return done.append
+
+    done, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(numba_help, "njit", njit)
+    with pytest.raises(KeyboardInterrupt):
+        numba_help.compile_once(test_ctrl_c_waits_for_the_compiler, "", "()")
+    assert len(done) == 1 and signal.getsignal(signal.SIGINT) is before
