@@ -50,7 +50,7 @@ def compiled(bits, D, G, size):
             weights = np.empty((G, n * size), np.float32)  # First the scores.
             scaled = np.empty((G, max(D, size)), np.float32)
             for i in range(n):
-                block, after = table[row, i], table[row, min(i + 1, n - 1)]
+                block, after = table[row, i], table[row, min(i + 1, n - 1)]  # And the next.
                 prefetch(keys, after * k[0] + h * k[2], D)
                 prefetch(keys, after * k[0] + k[1] + h * k[2], D)
                 first = block * k[0] + h * k[2]
@@ -60,7 +60,7 @@ def compiled(bits, D, G, size):
                     for d in range(D):
                         scaled[g, d] = query[g, d] * as_float(scales[d])
                         constant += query[g, d] * as_float(zeros[d])
-                    weights[g, i * size : i * size + size] = constant
+                    weights[g, i * size : i * size + size] = constant  # Then add the rest.
                 first = block * c[0] + h * c[2]
                 for half in range(halves):
                     for d in range(0, width, 4):
