@@ -124,7 +124,6 @@ def measure(name, args):
 
 
 TABLE = {  # What is printed: which figure, times what, and how
-    "requests": ("requests", 1, "{:d}"),
     "max batch in this run": ("max_batch", 1, "{:d}"),
     "most at once": ("most_at_once", 1, "{:d}"),
     "reserved, GB": ("reserved_bytes", 1e-9, "{:.3f}"),
@@ -162,10 +161,8 @@ def main():
     args = parser.parse_args()
     asked = {"requests": args.requests, "max_new_tokens": args.max_new_tokens,
              "kv_gb": args.kv_gb, "model": args.model.resolve().name}  # fmt: skip
-    if args.show:
-        return print_table(json.loads(args.json.read_text())["strategies"])
-    columns = earlier(args.json, asked).get("strategies", {})
-    for name in args.only:
+    columns = earlier(args.json, None if args.show else asked).get("strategies", {})
+    for name in [] if args.show else args.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             column = measure(name, args)

@@ -17,7 +17,6 @@ in to ids out. Engines take turns in rounds; medians are reported, and written a
 over 49 requests: in bfloat16 each rounds in its own way, but with another model none would agree.
 """
 
-import json
 import math
 import os
 import re
@@ -29,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from common import apart, arguments, load_script, median, run_script, save, table
+from common import apart, arguments, earlier, load_script, median, run_script, save, table
 from export import export
 
 # Our own modules change the environment for oneDNN and numba. So this one imports them only in
@@ -234,7 +233,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.show:
-        return print_tables(json.loads(args.json.read_text())["engines"])
+        return print_tables(earlier(args.json).get("engines", {}))
     engines, rounds, first = {}, {name: [] for name in args.only}, None
     with tempfile.TemporaryDirectory() as folder:
         loads, _ = apart(prepare, Path(folder))

@@ -1,8 +1,6 @@
 """Draws the figures from the JSON files in bench/results/, beside them, as SVG.
 
-    pip install -r bench/requirements.txt
-    python bench/plot.py                    all of them
-    python bench/plot.py compare quality    some
+    pip install -r bench/requirements.txt && python bench/plot.py
 
 A strategy has the same color and the same hatching or line in all figures, so that they can be told
 apart in grey, too.
@@ -196,37 +194,26 @@ def quality(plt, result):
 FIGURES = {"compare": compare, "serve": serve, "peers": peers, "tiers": tiers, "quality": quality}
 
 
-def draw(name, file):
-    """Draw the result of bench/NAME.py beside its JSON file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams |= {
-        "svg.hashsalt": name,  # The same figure is the same file.
-        "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6,
-    }  # fmt: skip
-    from matplotlib import pyplot as plt
-
-    figure = FIGURES[name](plt, json.loads(file.read_text()))
-    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(FIGURES))
-    args = parser.parse_args()
-    if unknown := set(args.names) - set(FIGURES):
-        parser.error(f"no such figures: {', '.join(unknown)}")
-    for name in args.names or FIGURES:
-        try:
-            draw(name, RESULTS / f"{name}.json")
-        except ImportError as error:
-            sys.exit(f"{error}: pip install -r bench/requirements.txt")
-        except FileNotFoundError:
-            sys.exit(f"There is no bench/results/{name}.json: python bench/{name}.py writes it.")
+    parser.parse_args()
+    try:
+        import matplotlib
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        sys.exit(f"{error}: pip install -r bench/requirements.txt")
+    matplotlib.use("Agg")
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "kv",  # The same figures are the same files.
+        "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.6,
+    }  # fmt: skip
+    for name, draw in FIGURES.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            figure = draw(plt, json.loads(file.read_text()))
+            figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     python bench/quality.py --only needle --lengths 1000 --depths 4
     python bench/quality.py --only needle --lengths 32768 --depths 3     beyond the model's context
 
-speed       milliseconds per decode step and bytes in HBM, as the context grows
+speed       a decode step as the context grows: milliseconds, those of attention, bytes in HBM;
+            milliseconds to copy the keys and values, for full attention
 kept        of full attention over 4,096 tokens: how often the greedy token is the same, the KL
             divergence (nats) of the next token's distribution, bytes in HBM over 4,096
 perplexity  of Python's manual (pydoc_data.topics), along the text
@@ -16,7 +17,6 @@ blocks come back, the sink 16 tokens. Texts are read in chunks, so that a token 
 more; HBM has room for that besides. The JSON file is written after each case.
 """
 
-import json
 import math
 import random
 import statistics
@@ -30,7 +30,7 @@ from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from common import arguments, in_turn, load_script, save, table
+from common import arguments, earlier, in_turn, load_script, median, save, table
 
 from caches.codecs import MiniCache
 from caches.compressed import CODECS, CompressedCache
@@ -77,6 +77,7 @@ class Bench:
         self.model, self.encoding, self.chat = self.script.load(self.args)
         with redirect_stdout(None):
             self.stats = Stats(self.args, self.model[0])
+        self.attention_s = 0.0  # On a CPU.
 
     def cache(self, longest, **policy):
         """A cache whose row 0 is for a text of `longest` tokens. No policy: full attention."""
@@ -98,14 +99,18 @@ class Bench:
 
         def attend(layer, some, q, k, v):
             # For logits after each, a token is a request to the model; to attention, all are one.
+            start = time.perf_counter()
             q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))  # (1, T, heads, D)
             places = {"cache_seqlens": seq_len, "block_table": block_table}
-            if isinstance(cache, CompressedCache):
-                return cache.attend(layer, q, k, v, **places)
             if isinstance(cache, RetrievalCache):
                 places = cache.retrieve(layer, [0], q, **places)
-            places["causal"] = True
-            return attention.flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places)
+            if isinstance(cache, CompressedCache):
+                attended = cache.attend(layer, q, k, v, **places)
+            else:
+                pair, places["causal"] = cache.layer(layer), True
+                attended = attention.flash_attn_with_kvcache(q, *pair, k, v, **places)
+            self.attention_s += time.perf_counter() - start
+            return attended
 
         new = [[token] for token in tokens] if each else [tokens]
         logits = self.script.forward(self.model, new, range(first, first + len(new)), attend)
@@ -132,21 +137,32 @@ class Bench:
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def decode_step(bench, n, policy, rounds=15):
-    """Milliseconds of a decode step behind n tokens of random numbers, and bytes in HBM."""
-    cache = bench.cache(n + rounds + 8, **policy)
+def timed(bench, step, rounds):
+    """Median milliseconds of a step, and of attention in it. (The first three warm up.)"""
+    figures = []
+    for _ in range(3 + rounds):
+        bench.attention_s, start = 0.0, time.perf_counter()
+        step()
+        seconds = {"ms": time.perf_counter() - start, "attention_ms": bench.attention_s}
+        figures.append({name: 1000 * value for name, value in seconds.items()})
+    return median(figures[3:])
+
+
+def decode_step(bench, n, policy, rounds=12):
+    """Figures of a decode step behind n tokens of random numbers."""
+    cache = bench.cache(n + rounds + 11, **policy)
     size, chunk = cache.block_size, getattr(cache, "chunk", 512)
     for start in range(0, n, chunk):
         stored, new = int(cache.seq_len[0]), min(chunk, n - start)
         ids = cache.block_table[0, stored // size : blocks_for(stored + new, size)].long()
         cache.kv[:, :, ids] = torch.randn_like(cache.kv[:, :, ids])
         cache.advance({0: [0] * new})
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        bench.step(cache, [random.randrange(200)]).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[3:]) * 1000, cache.usage()[1] * bench.stats.bytes_per_token
+    figures = timed(bench, lambda: bench.step(cache, [random.randrange(200)]).sum().item(), rounds)
+    figures["hbm_bytes"] = cache.usage()[1] * bench.stats.bytes_per_token
+    if not policy:
+        there = cache.kv.clone()
+        figures["copy_ms"] = timed(bench, lambda: there.copy_(cache.kv), rounds)["ms"]
+    return figures
 
 
 def speed(bench, args):
@@ -155,8 +171,8 @@ def speed(bench, args):
     names = [name for name in ways if name in (args.policies or ways)]
     cases = [(1024 * 2**i, name) for i in range(8) for name in names]
     medians = in_turn(cases, 3, lambda case: decode_step(bench, case[0], ways[case[1]]))
-    for (n, name), (ms, size) in medians.items():
-        yield {"context": n, "policy": name, "ms": ms, "hbm_bytes": size}
+    for (n, name), figures in medians.items():
+        yield {"context": n, "policy": name, **figures}
 
 
 # --- What is kept of full attention ---------------------------------------------------------------
@@ -316,7 +332,7 @@ def main():
     add("--policies", nargs="+", metavar="NAME", help="some only, but for kept")
     add("--depths", type=int, default=20, help="needles for each length (20)")
     args = parser.parse_args()
-    result = json.loads(args.json.read_text()) if args.json.exists() else {}
+    result = earlier(args.json)
     bench, args.needles = None if args.show else Bench(), result.get("needle", [])
     for part in [] if args.show else args.only:
         for case in PARTS[part](bench, args):

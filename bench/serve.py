@@ -11,7 +11,6 @@ strategy keeps up until that is twice the idle system's: a rate between the two 
 it, or the highest one. Medians of the rounds; in brackets the lowest and the highest.
 """
 
-import json
 import math
 import statistics
 import sys
@@ -110,10 +109,8 @@ def main():
     parser.set_defaults(max_new_tokens=128, kv_gb=1.4, model=SMOLLM2)
     args = parser.parse_args()
     asked = {"requests": args.requests, "rates": sorted(args.rates)}
-    if args.show:
-        return print_tables(json.loads(args.json.read_text())["rounds"])
-    rounds = earlier(args.json, asked).get("rounds", {})
-    for seed in range(args.rounds):
+    rounds = earlier(args.json, None if args.show else asked).get("rounds", {})
+    for seed in range(0 if args.show else args.rounds):
         for name in args.only:
             print(f"{name}, round {seed + 1} ...", file=sys.stderr, flush=True)
             cases, _ = apart(serve, name, seed, args)

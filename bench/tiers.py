@@ -14,14 +14,13 @@ any. Contexts beyond the model's own (8,192) give times like others. Medians of 
 in turn; of fewer rounds for prompts of more than 4,000 tokens.
 """
 
-import json
 import statistics
 import time
 from functools import partial
 from itertools import product
 
 import torch
-from common import arguments, in_turn, load_script, save, table
+from common import arguments, earlier, in_turn, load_script, save, table
 
 from kvcache import TieredCache, blocks_for
 from support.arguments import run
@@ -112,7 +111,7 @@ class Bench:
 def print_tables(result):
     print("\nSeconds to the first token with 80% of the prompt in a tier; how much sooner that is")
     rows = []
-    for case in result["first_token"]:
+    for case in result.get("first_token", []):
         n, requests, seconds = case["tokens"], case["requests"], case["seconds"]
         rows.append({
             "tokens": n, "requests": requests, **seconds,
@@ -121,7 +120,8 @@ def print_tables(result):
         })  # fmt: skip
     table(rows)
     print("\nSeconds to the next token of a preempted request")
-    table([{**case, "ratio": case["recompute"] / case["swap"]} for case in result["resume"]])
+    cases = result.get("resume", [])
+    table([{**case, "ratio": case["recompute"] / case["swap"]} for case in cases])
 
 
 @torch.inference_mode()
@@ -134,7 +134,7 @@ def main():
     add("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.show:
-        return print_tables(json.loads(args.json.read_text()))
+        return print_tables(earlier(args.json))
     bench = Bench()
     bench.hit("computed", 512, 1)  # Warms up.
     result = {"rounds": args.rounds, "first_token": [], "resume": []}
