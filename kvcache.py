@@ -157,7 +157,7 @@ class WindowCache(PagedCache):
         (..., D) by so many more positions (...). The others are PagedCache's."""
         super().__init__(*others)
         size, (max_rows, width) = self.block_size, self.block_table.shape
-        self.sink, self.window, self.chunk = blocks_for(sink, size), window, chunk
+        self.sink, self.window, self.chunk = blocks_for(sink, size), window, chunk  # sink: blocks
         # What is left behind the sink: at most window + size - 2 tokens. Then chunk more come.
         self.row_blocks = min(width, self.sink + blocks_for(size + window - 2 + chunk, size))
         self.n_evicted = torch.zeros(max_rows, dtype=torch.int32)  # Tokens.
@@ -245,7 +245,7 @@ class TieredCache(PagedCache):
     def can_admit(self, tokens):
         """False, too, while a row computes blocks that begin these tokens: soon they are known."""
         in_use = [key for key in self.lookup(tokens) if key in self.in_hbm and key not in self.idle]
-        rest = tokens[len(in_use) * self.block_size :]  # As many; idle blocks count as free ones.
+        rest = tokens[len(in_use) * self.block_size :]  # So many need a block that is free or idle.
         awaited = self.computing.intersection(keys_of(tokens[:-1], self.block_size))
         return not awaited and super().can_admit(rest)
 

@@ -109,7 +109,7 @@ def generate(model, cache, requests, chat, args, stats):
         # Token t of a row is in slot t % block_size of block block_table[row, t // block_size]:
         # there k and v are stored, from t = seq_len on, and there attention reads.
         places = {"cache_seqlens": seq_len[some], "block_table": block_table[some]}
-        if args.compress:  # Full blocks are in another form, but for each row's first.
+        if args.compress:  # Full blocks are in another form and table, but for each row's first.
             return cache.attend(layer, q, k, v, **places)
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 

@@ -5,7 +5,7 @@
 
 Without a window, blocks outlive their requests. When HBM is full, those not used for longest move
 to DRAM; a later turn of the chat, a prompt that begins like another, and a preempted request find
-them there, and only what is new is computed. Without CUDA, both tiers are pools in memory.
+them in either tier, and only what is new is computed. Without CUDA, both tiers are pools in memory.
 
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """
@@ -112,7 +112,7 @@ def generate(model, cache, requests, chat, args, stats):
     coming, waiting, running = deque(requests), deque(), {}  # row: its request, oldest first.
 
     def attend(layer, some, q, k, v):
-        # Token t of a row is in slot t % block_size of block block_table[row, t // block_size]:
+        # Token t of what a row has is in slot t % block_size of block_table[row, t // block_size]:
         # there k and v are stored, from t = seq_len on, and there attention reads.
         places = {"cache_seqlens": seq_len[some], "block_table": block_table[some]}
         if args.top_k:
@@ -163,7 +163,7 @@ def make_cache(args, params, stats, longest):
     paged = (stats.room // size, size, args.n, longest, stats.shape, stats.dtype, args.device)
     if not args.window:
         return TieredCache(n_dram, *paged)
-    chunk = min(512, args.window)  # A prompt's tokens in a step: so many does a row see beside.
+    chunk = min(512, args.window)  # A prompt's tokens in a step. Nothing leaves within one.
 
     def rotate(keys, by):
         """Keys (..., D) as they would be so many positions (...) further on, on the CPU."""

@@ -5,7 +5,7 @@
 
 Each request has a row of max_seq_len slots, as in llama3-naive.py, but of addresses only: the
 operating system, or the CUDA driver, puts memory behind them where tokens are (vAttention). The
-attention call has no block table, as there. Pages are not shared: common beginnings are short.
+attention call has no block table, as there. Nothing is shared.
 
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """

@@ -32,8 +32,8 @@ class Integers:
     """Whole numbers of 8 or 4 bits: keys channel by channel, values token by token.
 
     A number c stands for zero + c scale; zero is the lowest of the channel in the block, or of the
-    token in the head, and the highest number the highest. Some channels of keys are far larger than
-    the others for all tokens; values have no such channels. (KIVI, Liu et al. 2024, section 3)
+    token in the head, and the largest c stands for the highest. Some channels of keys are far
+    larger than the others for all tokens; values have no such. (KIVI, Liu et al. 2024, section 3)
     """
 
     def __init__(self, bits, shape, block_size, dtype):

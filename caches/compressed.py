@@ -98,10 +98,11 @@ class CompressedCache(PagedCache):
     def can_admit(self, tokens):
         """False, too, while a step's worth of prompts waits to be read: they take the most room."""
         unread = int(self.n_owned[self.positions() == 0].sum()) * self.block_size
-        # To grow, a row takes a block and has another one compressed: so much for each row beside.
-        beside = int((self.n_owned > 0).sum()) * self.packed_bytes
+        # To grow, a row takes a block and has another one compressed, unless that is its first.
+        beside = torch.where(self.n_owned > 1, self.packed_bytes, self.block_bytes)
         need = blocks_for(len(tokens), self.block_size) * self.block_bytes
-        return unread < 1024 and need + beside <= self.free_bytes()
+        need += int(beside[self.n_owned > 0].sum())
+        return unread < 1024 and need <= self.free_bytes()
 
     def positions(self):
         return self.seq_len + self.n_packed * self.block_size

@@ -57,8 +57,8 @@ class Away:
         # Which block is in which slot, {number: slot}, differs from layer to layer. The least
         # recently used first.
         self.held = [OrderedDict() for _ in range(n_layers)]
-        # How many tokens had left when those that are back were last moved: up to a chunk fewer
-        # than now, or all would have to come again whenever a block leaves.
+        # How many tokens had left, if more than `reach`, when those that are back were last moved:
+        # up to a chunk fewer than now, or all would have to come again whenever a block leaves.
         self.frame = 0
 
 
@@ -140,7 +140,7 @@ class RetrievalCache(WindowCache):
         away, Hkv = self.away[row], self.kv.shape[3]
         if away.n <= self.top_k:
             return range(away.n)
-        # Blocks that all begin at 0 in DRAM are chosen as if all were near the window's beginning.
+        # (Where blocks in DRAM begin at 0 they are chosen as if all stood before the window.)
         q = self.rotate(q[-32:].cpu(), -self.n_evicted[[row]]).float() * q.shape[2] ** -0.5
         q = q.unflatten(1, (Hkv, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T H / Hkv, D)
         bounds = self.bounds[row, layer, :, :, : away.n]
@@ -153,7 +153,7 @@ class RetrievalCache(WindowCache):
         for number in numbers:
             if number in held:
                 held.move_to_end(number)
-        for number in absent:  # What was there and is wanted has moved to the end, out of reach.
+        for number in absent:  # In place of the first: what is wanted has moved to the end.
             full = len(held) == len(away.slots)
             held[number] = held.popitem(last=False)[1] if full else away.slots[len(held)]
         if absent:

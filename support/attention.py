@@ -89,7 +89,7 @@ def by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
         values = v_cache[block, slot].to(dtype).repeat_interleave(H // Hkv, 1)
         scores = torch.einsum("thd,nhd->htn", q[row].to(dtype), keys) / math.sqrt(D)
         if causal:
-            # Query t is token n - T + t, and sees none behind itself.
+            # Query t is token n - T + t, and sees no later one.
             later = torch.ones(T, n, dtype=torch.bool, device=q.device).triu(n - T + 1)
             scores.masked_fill_(later, -math.inf)
         out[row] = torch.einsum("htn,nhd->thd", scores.softmax(2), values)
@@ -105,7 +105,7 @@ def read_prompts(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
         k_cache[block[stored:], slot[stored:]] = keys
         v_cache[block[stored:], slot[stored:]] = values
         mask = {"is_causal": True}
-        if stored:  # Then there are more keys than queries, of which is_causal would see the first.
+        if stored:  # More keys than queries: is_causal would let query t see keys 0 .. t only.
             keys, values = k_cache[block, slot], v_cache[block, slot]
             all_seen = torch.ones(T, stored + T, dtype=torch.bool, device=q.device)
             mask = {"attn_mask": all_seen.tril(stored)}

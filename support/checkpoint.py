@@ -38,8 +38,8 @@ def load(args):
 
     In the markup "stop" are the tokens that end an answer. args.model:
     A folder of one shard as Meta publishes Llama 3 (original/); SmolLM2 is built if it is missing.
-    Two things differ from the file: matrices that multiply the same vector are one (attention.wqkv,
-    feed_forward.w13), and "output" is there even if it is the embeddings.
+    Besides dtype and layout, two things differ from the file: matrices of the same input are one
+    (attention.wqkv, feed_forward.w13), and "output" is there even if it is the embeddings.
     """
     build = [sys.executable, MODELS / "smollm2.py"]
     if args.model == SMOLLM2 and not SMOLLM2.exists() and subprocess.run(build).returncode:

@@ -108,7 +108,7 @@ def can_decode(q):
 def decode(q, k_cache, v_cache, k, v, cache_seqlens, block_table, sums=None):
     """flash_attn_with_kvcache() for one new token a row: q (B, 1, H, D), k and v (B, 1, Hkv, D).
 
-    sums (B, H), if it is given, gets the log2 of the sum that each softmax divides by."""
+    sums (B, H), if it is given, gets log2 of the sum of 2^score, in bits, of each softmax."""
     (B, _, H, D), (_, block_size, Hkv, _) = q.shape, k_cache.shape
     assert q.dtype == k.dtype == k_cache.dtype and k_cache.stride() == v_cache.stride()
     lengths, table = cache_seqlens.numpy(), block_table.numpy()

@@ -77,12 +77,9 @@ class DramStore:
 
     def copy(self, pairs):
         """Start to copy each (target, source)."""
-        if not self.stream:
-            for target, source in pairs:
-                target.copy_(source)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())  # Which has written the sources.
-        with torch.cuda.stream(self.stream):
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())  # Which has written the sources.
+        with torch.cuda.stream(self.stream):  # Without one, this does nothing.
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
 

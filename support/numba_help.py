@@ -135,9 +135,9 @@ def power_of_2(x):
 
 @njit(fastmath=True, error_model="numpy")
 def softmax(scores):
-    """Turn scores (n,), in bits, into weights that add up to 1. Returns log2 of their sum.
+    """Turn scores (n,), in bits, into weights that add up to 1. Returns log2 of the sum of 2^score.
 
-    Of no scores that is -1e30, so that they have no weight beside others.
+    Of no scores that is about -1e30, so that they have no weight beside others.
     """
     highest, total = np.float32(-1e30), np.float32(1e-30)
     for score in scores:
