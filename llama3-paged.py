@@ -106,7 +106,7 @@ def generate(model, cache, requests, chat, args, stats):
     coming, waiting, running = deque(requests), deque(), {}  # row: its request, oldest first.
 
     def attend(layer, some, q, k, v):
-        # Token t of a row is in slot t % block_size of block block_table[row, t // block_size]:
+        # Token t of what a row has is in slot t % block_size of block_table[row, t // block_size]:
         # there k and v are stored, from t = seq_len on, and there attention reads.
         places = {"cache_seqlens": seq_len[some], "block_table": block_table[some]}
         if args.compress:  # Full blocks are in another form and table, but for each row's first.
