@@ -245,7 +245,7 @@ class TieredCache(PagedCache):
     def can_admit(self, tokens):
         """False, too, while a row computes blocks that begin these tokens: soon they are known."""
         in_use = [key for key in self.lookup(tokens) if key in self.in_hbm and key not in self.idle]
-        rest = tokens[len(in_use) * self.block_size :]  # So many need a block that is free or idle.
+        rest = tokens[len(in_use) * self.block_size :]  # Needs blocks that are free or idle.
         awaited = self.computing.intersection(keys_of(tokens[:-1], self.block_size))
         return not awaited and super().can_admit(rest)
 

@@ -119,7 +119,7 @@ def facts():
 
 
 def earlier(path, asked=None):
-    """What an earlier run wrote there; ends the program where it was asked for something else."""
+    """What an earlier run wrote there; ends the program where it was not asked for the same."""
     result = json.loads(path.read_text()) if path.exists() else {"asked": asked}
     if asked and result["asked"] != asked:
         sys.exit(f"{path} is about {result['asked']}: give another --json.")

@@ -161,8 +161,10 @@ def main():
     args = parser.parse_args()
     asked = {"requests": args.requests, "max_new_tokens": args.max_new_tokens,
              "kv_gb": args.kv_gb, "model": args.model.resolve().name}  # fmt: skip
-    columns = earlier(args.json, None if args.show else asked).get("strategies", {})
-    for name in [] if args.show else args.only:
+    if args.show:
+        return print_table(earlier(args.json).get("strategies", {}))
+    columns = earlier(args.json, asked).get("strategies", {})
+    for name in args.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
             column = measure(name, args)

@@ -77,7 +77,7 @@ class Bench:
         self.model, self.encoding, self.chat = self.script.load(self.args)
         with redirect_stdout(None):
             self.stats = Stats(self.args, self.model[0])
-        self.attention_s = 0.0  # On a CPU.
+        self.attention_s = 0.0  # Spent in attention; on CUDA, calls return before it is computed.
 
     def cache(self, longest, **policy):
         """A cache whose row 0 is for a text of `longest` tokens. No policy: full attention."""
@@ -98,8 +98,8 @@ class Bench:
         seq_len, block_table = cache.tables([0])
 
         def attend(layer, some, q, k, v):
-            # For logits after each, a token is a request to the model; to attention, all are one.
             start = time.perf_counter()
+            # For logits after each, a token is a request to the model; to attention, all are one.
             q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))  # (1, T, heads, D)
             places = {"cache_seqlens": seq_len, "block_table": block_table}
             if isinstance(cache, RetrievalCache):
@@ -107,8 +107,8 @@ class Bench:
             if isinstance(cache, CompressedCache):
                 attended = cache.attend(layer, q, k, v, **places)
             else:
-                pair, places["causal"] = cache.layer(layer), True
-                attended = attention.flash_attn_with_kvcache(q, *pair, k, v, **places)
+                pair = cache.layer(layer)
+                attended = attention.flash_attn_with_kvcache(q, *pair, k, v, **places, causal=True)
             self.attention_s += time.perf_counter() - start
             return attended
 

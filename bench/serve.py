@@ -109,8 +109,10 @@ def main():
     parser.set_defaults(max_new_tokens=128, kv_gb=1.4, model=SMOLLM2)
     args = parser.parse_args()
     asked = {"requests": args.requests, "rates": sorted(args.rates)}
-    rounds = earlier(args.json, None if args.show else asked).get("rounds", {})
-    for seed in range(0 if args.show else args.rounds):
+    if args.show:
+        return print_tables(earlier(args.json).get("rounds", {}))
+    rounds = earlier(args.json, asked).get("rounds", {})
+    for seed in range(args.rounds):
         for name in args.only:
             print(f"{name}, round {seed + 1} ...", file=sys.stderr, flush=True)
             cases, _ = apart(serve, name, seed, args)

@@ -140,7 +140,7 @@ class RetrievalCache(WindowCache):
         away, Hkv = self.away[row], self.kv.shape[3]
         if away.n <= self.top_k:
             return range(away.n)
-        # (Where blocks in DRAM begin at 0 they are chosen as if all stood before the window.)
+        # Where blocks in DRAM begin at 0, all are scored as if they stood where the window begins.
         q = self.rotate(q[-32:].cpu(), -self.n_evicted[[row]]).float() * q.shape[2] ** -0.5
         q = q.unflatten(1, (Hkv, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T H / Hkv, D)
         bounds = self.bounds[row, layer, :, :, : away.n]

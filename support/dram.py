@@ -5,6 +5,7 @@
 
 from array import array
 from collections import OrderedDict
+from contextlib import nullcontext
 from hashlib import blake2b
 
 import torch
@@ -79,7 +80,7 @@ class DramStore:
         """Start to copy each (target, source)."""
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())  # Which has written the sources.
-        with torch.cuda.stream(self.stream):  # Without one, this does nothing.
+        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
 

@@ -157,6 +157,15 @@ def test_copies_on_cuda_have_a_stream_beside_the_computation(monkeypatch):
     assert sorted(store.free_ids) == [0, 1]
 
 
+def test_copies_elsewhere_leave_cuda_alone(monkeypatch):
+    """Asked for the current stream, a card that --device cpu does not use would be set up."""
+    store, target = DramStore(1, torch.zeros(3)), torch.zeros(3)
+    monkeypatch.setattr(torch, "cuda", None)
+    store.dump("key", torch.ones(3))
+    store.load(store.take(["key"]), [target])
+    assert target.tolist() == [1, 1, 1]
+
+
 def test_rooms_are_not_used_again_before_their_copies_are_made(monkeypatch):
     """A stream as slow as can be: what is dumped is copied when somebody waits, not before."""
     late, copy = [], DramStore.copy
