@@ -119,8 +119,7 @@ def measure(name, args):
     size = max(1, most) if name == "naive" else n
     runs = [apart(run_strategy, name, args, i, min(n, i + size)) for i in range(0, n, size)]
     results, peaks = zip(*runs, strict=True)
-    row = {"requests": n, "most_at_once": most, **row_of(results), "peak_memory_bytes": max(peaks)}
-    return {**row, "on": facts()}
+    return {"most_at_once": most, **row_of(results), "peak_memory_bytes": max(peaks), "on": facts()}
 
 
 TABLE = {  # What is printed: which figure, times what, and how

@@ -155,9 +155,8 @@ def vllm_cpu(folder):
     )  # fmt: skip
 
     def run(prompts, n_new):
-        sampling = SamplingParams(
-            temperature=0, max_tokens=n_new, ignore_eos=True, detokenize=False
-        )
+        fixed = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        sampling = SamplingParams(max_tokens=n_new, **fixed)
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(inputs, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs], {}

@@ -36,9 +36,8 @@ STRATEGIES = {  # Color; hatching of its bars; line and marker of its curves
 def bars(axis, values, labels, looks):
     """Horizontal bars {name: length}, the first on top. looks: a strategy for each."""
     colors, hatches, *_ = zip(*(STRATEGIES[look] for look in looks), strict=True)
-    drawn = axis.barh(
-        list(values), list(values.values()), color=colors, hatch=hatches, edgecolor=INK
-    )
+    look = {"color": colors, "hatch": hatches, "edgecolor": INK}
+    drawn = axis.barh(list(values), list(values.values()), **look)
     axis.bar_label(drawn, labels, padding=3)
     axis.set_ylim(len(values) - 0.5, -0.5)
     axis.margins(x=0.2)
@@ -93,10 +92,7 @@ def serve(plt, result):
     left.set(xlabel="requests a second", ylabel="milliseconds", yscale="log")
     left.set(title="Normalized latency: from arrival to the end, per token")
     left.set_yticks(ticks := [20, 50, 100, 200, 500], ticks)
-    left.minorticks_off()
     right.set(xlabel="seconds", ylabel="requests", title=f"At {rates[-2]} requests a second")
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -140,9 +136,6 @@ def tiers(plt, result):
     right.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="milliseconds")
     right.set(title="A preempted request's next token")
     right.set_xticks(contexts, [f"{n:,}" for n in contexts], fontsize=8)
-    right.minorticks_off()
-    for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -175,19 +168,15 @@ def quality(plt, result):
         more = {"linestyle": ":", "marker": "o", "markerfacecolor": "white"} if share == 8 else {}
         found = [statistics.mean(case["found"]) for case in within]
         line(needle, looks[name], [c["tokens"] for c in within], found, label=label, **more)
-    needle.set(xlabel="tokens", ylabel="share of needles found", ylim=(-0.05, 1.05))
-    needle.set(title="Needle in noise")
+    needle.set(title="Needles in noise", xlabel="tokens", ylabel="found", ylim=(-0.05, 1.05))
     for name in ("full", "sink + window", "retrieval"):
-        cases = [case for case in result["speed"] if case["policy"] == name]
+        cases = [c for c in result["speed"] if (c["policy"], c.get("rows", 1)) == (name, 1)]
         xs = [case["context"] for case in cases]
         line(speed, looks[name], xs, [case["ms"] for case in cases], label=name)
     speed.set(xlabel="tokens of context", ylabel="milliseconds", xscale="log", yscale="log")
     speed.set(title="A decode step, HBM for 1,024 tokens")
     speed.set_xticks(xs, [f"{n // 1024}k" for n in xs])
     speed.set_yticks(ms := [25, 50, 100, 200, 400, 800], ms)
-    for axis in axes.flat:
-        axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -213,6 +202,10 @@ def main():
         file = RESULTS / f"{name}.json"
         if file.exists():
             figure = draw(plt, json.loads(file.read_text()))
+            for axis in figure.axes:
+                axis.minorticks_off()
+                if axis.get_legend_handles_labels()[0]:
+                    axis.legend(frameon=False, fontsize=8)
             figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
 
 

@@ -1,12 +1,11 @@
 """What forgetting costs, and compressing: each cache against full attention.
 
     python bench/quality.py                                 all parts, over an hour on two cores
-    python bench/quality.py --only speed kept               some of them
-    python bench/quality.py --only needle --lengths 1000 --depths 4
+    python bench/quality.py --only kept needle --lengths 1000 --depths 4   some of them
     python bench/quality.py --only needle --lengths 32768 --depths 3     beyond the model's context
 
-speed       a decode step as the context grows: milliseconds, those of attention, bytes in HBM;
-            milliseconds to copy the keys and values, for full attention
+speed       a decode step as the context grows, and of several rows: milliseconds, those of
+            attention, bytes in HBM; for full attention, milliseconds to copy these bytes
 kept        of full attention over 4,096 tokens: how often the greedy token is the same, the KL
             divergence (nats) of the next token's distribution, bytes in HBM over 4,096
 perplexity  of Python's manual (pydoc_data.topics), along the text
@@ -79,28 +78,31 @@ class Bench:
             self.stats = Stats(self.args, self.model[0])
         self.attention_s = 0.0  # Spent in attention; on CUDA, calls return before it is computed.
 
-    def cache(self, longest, **policy):
-        """A cache whose row 0 is for a text of `longest` tokens. No policy: full attention."""
-        args, width = Namespace(**{**vars(self.args), **policy}), blocks_for(longest, 16)
+    def cache(self, n, rows=1, **policy):
+        """A cache whose rows are for texts of n tokens. No policy: full attention."""
+        args = Namespace(**{**vars(self.args), **policy})
         place = (self.stats.shape, self.stats.dtype, args.device)
         if codec := policy.get("compress"):
-            cache = CompressedCache(codec, blocks_for(longest, 32), 32, 1, longest, *place)
-        elif policy:
-            cache = self.script.make_cache(args, self.model[0], self.stats, longest)
+            cache = CompressedCache(codec, rows * blocks_for(n, 32), 32, rows, n, *place)
+        elif policy:  # Of one row.
+            cache = self.script.make_cache(args, self.model[0], self.stats, n)
         else:
-            cache = PagedCache(width, 16, 1, longest, *place)
-        cache.admit([0] * longest)
+            cache = PagedCache(rows * blocks_for(n, 16), 16, rows, n, *place)
+        for _ in range(rows):
+            cache.admit([0] * n)
         return cache
 
     def step(self, cache, tokens, each=True):
-        """Logits (T, vocab) after each of these tokens, or (1, vocab) after the last."""
-        first = int(cache.positions()[0])
-        seq_len, block_table = cache.tables([0])
+        """Logits (T, vocab) after each of these tokens, or (1, vocab) after the last.
+
+        They are the next ones of the only row, or one of each row."""
+        first = cache.positions().tolist()
+        seq_len, block_table = cache.tables(range(rows := len(first)))
 
         def attend(layer, some, q, k, v):
             start = time.perf_counter()
-            # For logits after each, a token is a request to the model; to attention, all are one.
-            q, k, v = (x.flatten(0, 1)[None] for x in (q, k, v))  # (1, T, heads, D)
+            # For logits after each, a token is a request to the model; to attention, a row is one.
+            q, k, v = (x.flatten(0, 1).unflatten(0, (rows, -1)) for x in (q, k, v))
             places = {"cache_seqlens": seq_len, "block_table": block_table}
             if isinstance(cache, RetrievalCache):
                 places = cache.retrieve(layer, [0], q, **places)
@@ -113,8 +115,9 @@ class Bench:
             return attended
 
         new = [[token] for token in tokens] if each else [tokens]
-        logits = self.script.forward(self.model, new, range(first, first + len(new)), attend)
-        cache.advance({0: tokens})
+        places = [first[i % rows] + i // rows for i in range(len(new))]
+        logits = self.script.forward(self.model, new, places, attend)
+        cache.advance({row: tokens[row::rows] for row in range(rows)})
         return logits
 
     def read(self, cache, tokens, chunk=None, each=True):
@@ -143,36 +146,42 @@ def timed(bench, step, rounds):
     for _ in range(3 + rounds):
         bench.attention_s, start = 0.0, time.perf_counter()
         step()
-        seconds = {"ms": time.perf_counter() - start, "attention_ms": bench.attention_s}
-        figures.append({name: 1000 * value for name, value in seconds.items()})
+        ms = 1000 * (time.perf_counter() - start)
+        figures.append({"ms": ms, "attention_ms": 1000 * bench.attention_s})
     return median(figures[3:])
 
 
-def decode_step(bench, n, policy, rounds=12):
-    """Figures of a decode step behind n tokens of random numbers."""
-    cache = bench.cache(n + rounds + 11, **policy)
+def decode_step(bench, n, policy, rows=1, rounds=12):
+    """Figures of a decode step of some rows, each behind n tokens of random numbers."""
+    cache = bench.cache(n + rounds + 11, rows, **policy)
     size, chunk = cache.block_size, getattr(cache, "chunk", 512)
     for start in range(0, n, chunk):
         stored, new = int(cache.seq_len[0]), min(chunk, n - start)
-        ids = cache.block_table[0, stored // size : blocks_for(stored + new, size)].long()
+        ids = cache.block_table[:, stored // size : blocks_for(stored + new, size)].flatten()
         cache.kv[:, :, ids] = torch.randn_like(cache.kv[:, :, ids])
-        cache.advance({0: [0] * new})
-    figures = timed(bench, lambda: bench.step(cache, [random.randrange(200)]).sum().item(), rounds)
-    figures["hbm_bytes"] = cache.usage()[1] * bench.stats.bytes_per_token
+        cache.advance({row: [0] * new for row in range(rows)})
+
+    def step():
+        bench.step(cache, random.choices(range(200), k=rows)).sum().item()
+
+    figures = timed(bench, step, rounds)
+    figures["hbm_bytes"] = int(cache.usage()[1] * bench.stats.bytes_per_token)
     if not policy:
-        there = cache.kv.clone()
-        figures["copy_ms"] = timed(bench, lambda: there.copy_(cache.kv), rounds)["ms"]
+        here = cache.kv.flatten().view(torch.uint8)[: figures["hbm_bytes"]]
+        there = here.clone()
+        figures["copy_ms"] = timed(bench, lambda: there.copy_(here), rounds)["ms"]
     return figures
 
 
 def speed(bench, args):
-    """All in HBM, or 1,024 tokens, of a context that grows: medians of three rounds, in turn."""
+    """Contexts that grow, all in HBM or 1,024 tokens of them; several rows, all in HBM."""
     ways = {"full": {}, "int8": COMPRESSED["int8"], "int4": COMPRESSED["int4"], **policies(1024)}
-    names = [name for name in ways if name in (args.policies or ways)]
-    cases = [(1024 * 2**i, name) for i in range(8) for name in names]
-    medians = in_turn(cases, 3, lambda case: decode_step(bench, case[0], ways[case[1]]))
-    for (n, name), figures in medians.items():
-        yield {"context": n, "policy": name, **figures}
+    cases = [(1024 * 2**i, 1, name) for i in range(8) for name in ways]
+    cases += [(n, rows, name) for n, rows in ((280, 49), (4096, 8)) for name in [*ways][:3]]
+    cases = [case for case in cases if case[2] in (args.policies or ways)]
+    medians = in_turn(cases, 3, lambda case: decode_step(bench, case[0], ways[case[2]], case[1]))
+    for (n, rows, name), figures in medians.items():
+        yield {"context": n, "rows": rows, "policy": name, **figures}
 
 
 # --- What is kept of full attention ---------------------------------------------------------------
@@ -317,7 +326,7 @@ def print_tables(result):
 
 
 PARTS = {"speed": speed, "kept": kept, "perplexity": perplexity, "needle": needle}
-CASE = ("context", "policy", "share", "window", "tokens")  # What tells cases of a part apart.
+CASE = ("context", "rows", "policy", "share", "window", "tokens")  # What tells them apart.
 
 
 @torch.inference_mode()

@@ -321,6 +321,24 @@ def test_steps_behind_random_numbers(load, tiny):
         assert tokens == n + 4 if name == "full" else abs(tokens - kept[name]) <= 32, tokens
 
 
+@pytest.mark.parametrize("policy", [{}, {"compress": "int8"}])
+@torch.inference_mode()
+def test_steps_of_several_rows(load, tiny, policy):
+    """Each row sees its own tokens only, at its own positions."""
+    bench = load("quality").Bench("--model", str(tiny), *FLOAT32)
+    texts = [bench.manual(120)[start : start + 40] for start in (0, 40, 80)]
+    cache = bench.cache(40, len(texts), **policy)
+    for tokens in zip(*texts, strict=True):
+        logits = bench.step(cache, tokens)
+    for text, after in zip(texts, logits, strict=True):
+        alone = bench.cache(40, **policy)
+        for token in text:
+            last = bench.step(alone, [token])
+        close(after, last[0], rtol=1e-3, atol=1e-3)
+    one, three = (load("quality").decode_step(bench, 100, policy, rows, 1) for rows in (1, 3))
+    assert three["hbm_bytes"] == pytest.approx(3 * one["hbm_bytes"], abs=2)
+
+
 def test_needles_are_looked_for_once(load, call, tmp_path, tiny, monkeypatch, capsys):
     """A second run goes on where the first one stopped; behind the context, HBM is 4,096 tokens."""
     quality, tried = load("quality"), []
