@@ -540,7 +540,7 @@ def test_sink_and_window_equal_recomputed_attention(
     """Logits and tokens, with prompts shorter and longer than sink and window, many evictions."""
     logits, choose = [], TIERED.choose
     monkeypatch.setattr(TIERED, "choose", lambda *a: logits.append(a[0].clone()) or choose(*a))
-    texts, limit = [text_of(n, seed=n) for n in (3, 14, 38, 61, 90)], 60
+    texts, limit = [text_of(n, seed=n) for n in (3, 38, 90)], 60
     options = ["--sink", sink, "--window", window, "--block-size", block_size]
     options += ["--max-new-tokens", limit, "--ignore-stop", "--max-seq-len", 50]
     result = run(TIERED, tiny, tmp_path, texts, *options)
@@ -550,8 +550,8 @@ def test_sink_and_window_equal_recomputed_attention(
         assert answer == plain_generate(tiny, prompt, limit, (), places)
     assert result["tiers"]["dropped"] > 100 // block_size
     logits.clear()
-    (answer,) = answers(run(TIERED, tiny, tmp_path, texts[3:4], *options))
-    prompt = tiny_prompt(texts[3])
+    (answer,) = answers(run(TIERED, tiny, tmp_path, texts[1:2], *options))
+    prompt = tiny_prompt(texts[1])
     params = json.loads((tiny / "params.json").read_text())
     w = torch.load(tiny / "consolidated.00.pth", weights_only=True)
     places = in_window(len(prompt), sink, window, block_size)
