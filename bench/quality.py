@@ -140,48 +140,48 @@ class Bench:
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def timed(bench, step, rounds):
-    """Median milliseconds of a step, and of attention in it. (The first three warm up.)"""
-    figures = []
-    for _ in range(3 + rounds):
-        bench.attention_s, start = 0.0, time.perf_counter()
-        step()
-        ms = 1000 * (time.perf_counter() - start)
-        figures.append({"ms": ms, "attention_ms": 1000 * bench.attention_s})
-    return median(figures[3:])
+def timed(bench, call):
+    """Milliseconds of a call, and of attention in it."""
+    bench.attention_s, start = 0.0, time.perf_counter()
+    call().flatten()[0].item()  # On CUDA, this waits for the result.
+    ms = 1000 * (time.perf_counter() - start)
+    return {"ms": ms, "attention_ms": 1000 * bench.attention_s}
 
 
-def decode_step(bench, n, policy, rows=1, rounds=12):
-    """Figures of a decode step of some rows, each behind n tokens of random numbers."""
-    cache = bench.cache(n + rounds + 11, rows, **policy)
-    size, chunk = cache.block_size, getattr(cache, "chunk", 512)
-    for start in range(0, n, chunk):
-        stored, new = int(cache.seq_len[0]), min(chunk, n - start)
-        ids = cache.block_table[:, stored // size : blocks_for(stored + new, size)].flatten()
-        cache.kv[:, :, ids] = torch.randn_like(cache.kv[:, :, ids])
-        cache.advance({row: [0] * new for row in range(rows)})
+def decode_steps(bench, n, rows, ways, rounds=15):
+    """{policy: medians of a decode step of its rows}, behind n tokens of random numbers each."""
+    caches = {name: bench.cache(n + 32, rows, **policy) for name, policy in ways.items()}
+    for cache in caches.values():
+        size, chunk = cache.block_size, getattr(cache, "chunk", 512)
+        for start in range(0, n, chunk):
+            stored, new = int(cache.seq_len[0]), min(chunk, n - start)
+            ids = cache.block_table[:, stored // size : blocks_for(stored + new, size)].flatten()
+            cache.kv[:, :, ids] = torch.randn_like(cache.kv[:, :, ids])
+            cache.advance({row: [0] * new for row in range(rows)})
 
-    def step():
-        bench.step(cache, random.choices(range(200), k=rows)).sum().item()
+    def step(name):
+        tokens = random.choices(range(200), k=rows)
+        return timed(bench, partial(bench.step, caches[name], tokens))
 
-    figures = timed(bench, step, rounds)
-    figures["hbm_bytes"] = int(cache.usage()[1] * bench.stats.bytes_per_token)
-    if not policy:
-        here = cache.kv.flatten().view(torch.uint8)[: figures["hbm_bytes"]]
-        there = here.clone()
-        figures["copy_ms"] = timed(bench, lambda: there.copy_(here), rounds)["ms"]
+    in_turn(caches, 3, step)  # Warms up.
+    figures = in_turn(caches, rounds, step)
+    for name, cache in caches.items():
+        size = figures[name]["hbm_bytes"] = int(cache.usage()[1] * bench.stats.bytes_per_token)
+        if not ways[name]:
+            here = cache.kv.flatten().view(torch.uint8)[:size]
+            copy = partial(here.clone().copy_, here)
+            figures[name]["copy_ms"] = median([timed(bench, copy) for _ in range(rounds)])["ms"]
     return figures
 
 
 def speed(bench, args):
     """Contexts that grow, all in HBM or 1,024 tokens of them; several rows, all in HBM."""
-    ways = {"full": {}, "int8": COMPRESSED["int8"], "int4": COMPRESSED["int4"], **policies(1024)}
-    cases = [(1024 * 2**i, 1, name) for i in range(8) for name in ways]
-    cases += [(n, rows, name) for n, rows in ((280, 49), (4096, 8)) for name in [*ways][:3]]
-    cases = [case for case in cases if case[2] in (args.policies or ways)]
-    medians = in_turn(cases, 3, lambda case: decode_step(bench, case[0], ways[case[2]], case[1]))
-    for (n, rows, name), figures in medians.items():
-        yield {"context": n, "rows": rows, "policy": name, **figures}
+    whole = {"full": {}, "int8": COMPRESSED["int8"], "int4": COMPRESSED["int4"]}
+    for n, rows in [*((1024 * 2**i, 1) for i in range(8)), (280, 49), (4096, 8)]:
+        ways = {**whole, **policies(1024)} if rows == 1 else whole
+        ways = {name: ways[name] for name in ways if name in (args.policies or ways)}
+        for name, figures in decode_steps(bench, n, rows, ways).items():
+            yield {"context": n, "rows": rows, "policy": name, **figures}
 
 
 # --- What is kept of full attention ---------------------------------------------------------------

@@ -313,8 +313,7 @@ def test_steps_behind_random_numbers(load, tiny):
     kept = {"full": n + 4, "window": 16 + 100, "retrieval": 16 + 100 + 64, "int8": 0.4 * n}
     policies = {"full": {}, "window": {"sink": 16, "window": 100}, "int8": {"compress": "int8"}}
     policies["retrieval"] = {**policies["window"], "top_k": 50}
-    for name, policy in policies.items():
-        figures = load("quality").decode_step(bench, n, policy, rounds=1)
+    for name, figures in load("quality").decode_steps(bench, n, 1, policies, rounds=1).items():
         assert 0 < figures["attention_ms"] < figures["ms"], name
         assert ("copy_ms" in figures) == (name == "full")
         tokens = figures["hbm_bytes"] / bench.stats.bytes_per_token
@@ -335,7 +334,8 @@ def test_steps_of_several_rows(load, tiny, policy):
         for token in text:
             last = bench.step(alone, [token])
         close(after, last[0], rtol=1e-3, atol=1e-3)
-    one, three = (load("quality").decode_step(bench, 100, policy, rows, 1) for rows in (1, 3))
+    steps = load("quality").decode_steps
+    one, three = (steps(bench, 100, rows, {"it": policy}, 1)["it"] for rows in (1, 3))
     assert three["hbm_bytes"] == pytest.approx(3 * one["hbm_bytes"], abs=2)
 
 
