@@ -1,6 +1,6 @@
 """Everything beside everything: one table of all strategies on the same prompts and budget.
 
-    python bench/compare.py                             everything: half an hour on two cores
+    python bench/compare.py                             everything: 13 to 30 minutes on two cores
     python bench/compare.py --only naive paged --requests 20 --json some.json
 
 naive       llama3-naive.py, as many requests at a time as there is room for

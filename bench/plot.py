@@ -170,7 +170,7 @@ def quality(plt, result):
         line(needle, looks[name], [c["tokens"] for c in within], found, label=label, **more)
     needle.set(title="Needles in noise", xlabel="tokens", ylabel="found", ylim=(-0.05, 1.05))
     for name in ("full", "sink + window", "retrieval"):
-        cases = [c for c in result["speed"] if (c["policy"], c.get("rows", 1)) == (name, 1)]
+        cases = [c for c in result["speed"] if (c["policy"], c["rows"]) == (name, 1)]
         xs = [case["context"] for case in cases]
         line(speed, looks[name], xs, [case["ms"] for case in cases], label=name)
     speed.set(xlabel="tokens of context", ylabel="milliseconds", xscale="log", yscale="log")

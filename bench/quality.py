@@ -150,7 +150,7 @@ def timed(bench, call):
 
 def decode_steps(bench, n, rows, ways, rounds=15):
     """{policy: medians of a decode step of its rows}, behind n tokens of random numbers each."""
-    caches = {name: bench.cache(n + 32, rows, **policy) for name, policy in ways.items()}
+    caches = {name: bench.cache(n + 3 + rounds, rows, **way) for name, way in ways.items()}
     for cache in caches.values():
         size, chunk = cache.block_size, getattr(cache, "chunk", 512)
         for start in range(0, n, chunk):
