@@ -5,7 +5,7 @@
     encode(kv)        {name: tensor (n, ...)} of n blocks (n, L, 2, Hkv, block_size, D)
     restore(parts, ids, layer)           keys and values (2, n, Hkv, block_size, D) of a layer of
                       the blocks ids (n,), out of {name: tensor (rooms, ...)}
-    attend            None, or attention for decode steps that reads the parts where they lie
+    decode            None, or attention for decode steps that reads the parts where they lie
 
 Throughout this file
     L  layers                                    Hkv  key and value heads
@@ -18,9 +18,9 @@ from functools import partial
 import torch
 
 try:
-    from support.packed_kernel import attend_packed
+    from support.packed_kernel import decode_packed
 except ImportError:  # Without numba, blocks are restored.
-    attend_packed = None
+    decode_packed = None
 
 
 def part(dtype, *shape):
@@ -38,11 +38,11 @@ class Integers:
 
     def __init__(self, bits, shape, block_size, dtype):
         (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
-        self.attend = attend_packed if D % 16 == 0 and block_size in range(8, 257, 8) else None
+        self.decode = decode_packed if D % 16 == 0 and block_size in range(8, 257, 8) else None
         self.parts = {
+            "codes": part(torch.uint8, L, 2, Hkv, block_size * D * bits // 8),
             "keys": part(torch.float16, L, 2, Hkv, 1, D),  # Scale and zero.
             "values": part(torch.float16, L, 2, Hkv, block_size, 1),
-            "codes": part(torch.uint8, L, 2, Hkv, block_size * D * bits // 8),
         }
 
     def encode(self, kv):
@@ -52,7 +52,7 @@ class Integers:
             scale = (high - low) / (2**self.bits - 1)
             parts[name] = torch.stack([scale.clamp(min=2**-24), low], 2).half()
             scale, zero = parts[name].float().unbind(2)  # As they are stored.
-            x = ((x - zero) / scale).round().clamp(0, 2**self.bits - 1).byte()
+            x = (x - zero).div_(scale).round_().clamp_(0, 2**self.bits - 1).byte()
             if self.bits == 4:  # Of a byte, the lower half is from the head's first half.
                 first, second = x.chunk(2, 4)
                 x = first + 16 * second
@@ -81,7 +81,7 @@ class MiniCache:
     """
 
     T, GAMMA = 0.6, 0.05
-    attend = None
+    decode = None
 
     def __init__(self, shape, block_size, dtype):
         L, Hkv, D = shape

@@ -6,8 +6,6 @@ Throughout this file
     L  layers, n  blocks                         D    size of a head
 """
 
-import math
-
 import torch
 
 from caches.codecs import CODECS
@@ -120,15 +118,13 @@ class CompressedCache(PagedCache):
         """flash_attn_with_kvcache() over all blocks of rows, of which tables() has said where."""
         seq_len, n_packed = cache_seqlens.unbind(1)
         table, packed = block_table.unbind(1)
+        if q.shape[1] == 1 and self.codec.decode and attention.can_decode(q):
+            parts = [part[:, layer] for part in self.parts.values()]
+            own = (*self.layer(layer), k, v, seq_len, table)
+            return self.codec.decode(q, own, parts, n_packed, packed)
         if not n_packed.any():
             places = {"cache_seqlens": seq_len, "block_table": table, "causal": True}
             return attention.flash_attn_with_kvcache(q, *self.layer(layer), k, v, **places)
-        if q.shape[1] == 1 and self.codec.attend and attention.can_decode(q):
-            sums = torch.empty(q.shape[0], q.shape[2])
-            own = attention.decode(q, *self.layer(layer), k, v, seq_len, table, sums)
-            out, others = self.codec.attend(q[:, 0], self.parts, layer, packed, n_packed)
-            share = ((sums - others) * math.log(2)).sigmoid()  # Of own in all attention.
-            return out.lerp(own[:, 0].float(), share[..., None]).to(q.dtype)[:, None]
         return self.attend_restored(layer, q, k, v, seq_len, table, n_packed, packed)
 
     def attend_restored(self, layer, q, k, v, seq_len, table, n_packed, packed):
@@ -158,7 +154,7 @@ class CompressedCache(PagedCache):
     def compress(self, row, n):
         """The n blocks behind the first one are encoded; their room is free at once."""
         ids = self.block_table[row, 1 : 1 + n].tolist()
-        encoded = self.codec.encode(self.blocks[ids])
+        encoded = self.codec.encode(torch.stack([self.blocks[block] for block in ids]))
         behind = self.block_table[row, 1 : self.n_owned[row]]
         behind.copy_(behind.roll(-n))
         self.n_owned[row] -= n
@@ -168,7 +164,8 @@ class CompressedCache(PagedCache):
         self.packed_table[row, first : first + n] = self.packed_table.new_tensor(packed)
         self.n_packed[row] += n
         for name, values in encoded.items():
-            self.parts[name][packed] = values.to(self.parts[name].dtype)
+            for room, value in zip(packed, values, strict=True):
+                self.parts[name][room] = value
 
     def usage(self):
         """In tokens of full precision: a compressed block counts as the bytes that it takes."""

@@ -22,7 +22,7 @@ import math
 
 import numpy as np
 import torch
-from numba import prange
+from numba import njit, prange
 
 from support.numba_help import as_float, compile_once, prefetch, softmax
 
@@ -33,6 +33,60 @@ AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: t
 # Tokens between the one that is read and the one that prefetch() asks for: 16 to 48 were the same.
 AHEAD = 16
 
+# The parts of the loop, put together in compiled(). k_cache and v_cache: all numbers of a cache in
+# one line; strides lead to the next block, slot and head.
+
+
+@njit(inline="always")
+def places(table, n, size, strides, h):
+    """Where the n tokens of a row lie, and the last one once more for what looks ahead."""
+    block_stride, slot_stride, head_stride = strides
+    at = np.empty(n + AHEAD, np.int64)
+    for i in range(-(-n // size)):
+        first = table[i] * block_stride + h * head_stride
+        for t in range(i * size, min(n, i * size + size)):
+            at[t] = first + (t - i * size) * slot_stride
+    for t in range(n, len(at)):
+        at[t] = at[n - 1]
+    return at
+
+
+@njit(inline="always")
+def store(q, k, v, row, h, k_cache, v_cache, place, G, D):
+    """Store the new token. Returns query (G, D), scaled so that weights are powers of 2."""
+    for d in range(D):
+        k_cache[place + d] = k[row, h, d]
+        v_cache[place + d] = v[row, h, d]
+    query, scale = np.empty((G, D), np.float32), np.float32(math.log2(math.e) * D**-0.5)
+    for g in range(G):
+        for d in range(D):
+            query[g, d] = as_float(q[row, h * G + g, d]) * scale
+    return query
+
+
+@njit(inline="always")
+def score(weights, first, query, k_cache, at, n, G, D):
+    """weights (G, ...)[:, first : first + n] = query (G, D) . keys (n, D)."""
+    for t in range(n):
+        prefetch(k_cache, at[t + AHEAD], D)
+        key = k_cache[at[t] : at[t] + D]
+        for g in range(G):
+            total = np.float32(0)
+            for d in range(D):
+                total += query[g, d] * as_float(key[d])
+            weights[g, first + t] = total
+
+
+@njit(inline="always")
+def attend(attended, weights, first, v_cache, at, n, G, D):
+    """attended (G, D) += weights (G, ...)[:, first : first + n] @ values (n, D)."""
+    for t in range(n):
+        prefetch(v_cache, at[t + AHEAD], D)
+        value = v_cache[at[t] : at[t] + D]
+        for g in range(G):
+            for d in range(D):
+                attended[g, d] += weights[g, first + t] * as_float(value[d])
+
 
 @functools.cache
 def compiled(dtype, D, G):
@@ -40,57 +94,30 @@ def compiled(dtype, D, G):
 
     Compiled when first asked for and kept on disk, in __pycache__ or else the user's cache folder.
     """
-    scale = np.float32(D**-0.5 * math.log2(math.e))  # Scores in bits: weights are powers of 2.
 
-    # k_cache and v_cache: all numbers of a cache in one line; strides lead to the next block, slot
-    # and head. A block has `size` slots.
-    def loop(q, k, v, k_cache, v_cache, seq_len, block_table, out, sums, size, strides):
-        (B, Hkv, _), (block_stride, slot_stride, head_stride) = k.shape, strides
+    def loop(q, k, v, k_cache, v_cache, seq_len, block_table, size, strides, out):
+        B, Hkv, _ = k.shape
         for item in prange(Hkv * B):
             h, row = item // B, item % B
             n = seq_len[row] + 1
-            # Where each token lies, and the last one once more for what looks ahead.
-            at = np.empty(n + AHEAD, np.int64)
-            for i in range(-(-n // size)):
-                first = block_table[row, i] * block_stride + h * head_stride
-                for t in range(i * size, min(n, i * size + size)):
-                    at[t] = first + (t - i * size) * slot_stride
-            for t in range(n, len(at)):
-                at[t] = at[n - 1]
-            for d in range(D):
-                k_cache[at[n - 1] + d] = k[row, h, d]
-                v_cache[at[n - 1] + d] = v[row, h, d]
-            query = np.empty((G, D), np.float32)
-            for g in range(G):
-                for d in range(D):
-                    query[g, d] = as_float(q[row, h * G + g, d]) * scale
-
+            at = places(block_table[row], n, size, strides, h)
+            query = store(q, k, v, row, h, k_cache, v_cache, at[n - 1], G, D)
             weights = np.empty((G, n), np.float32)  # First the scores.
-            for t in range(n):
-                prefetch(k_cache, at[t + AHEAD], D)
-                key = k_cache[at[t] : at[t] + D]
-                for g in range(G):
-                    score = np.float32(0)
-                    for d in range(D):
-                        score += query[g, d] * as_float(key[d])
-                    weights[g, t] = score
+            score(weights, 0, query, k_cache, at, n, G, D)
             for g in range(G):
-                sums[row, h * G + g] = softmax(weights[g])
+                softmax(weights[g])
+            attend(out[row, h * G : (h + 1) * G], weights, 0, v_cache, at, n, G, D)  # Zeros so far.
 
-            attended = out[row, h * G : (h + 1) * G]  # Zeros so far.
-            for t in range(n):
-                prefetch(v_cache, at[t + AHEAD], D)
-                value = v_cache[at[t] : at[t] + D]
-                for g in range(G):
-                    for d in range(D):
-                        attended[g, d] += weights[g, t] * as_float(value[d])
+    return compile_once(loop, f"{dtype}-{D}-{G}", f"({types_of(dtype)})")
 
+
+def types_of(dtype):
+    """numba's types of q, k, v, k_cache, v_cache, seq_len, block_table, size, strides and out."""
     number = str(AS[dtype]).removeprefix("torch.")
-    signature = (
-        f"({number}[:,:,:], {number}[:,:,:], {number}[:,:,:], {number}[::1], {number}[::1], "
-        "int32[:], int32[:,:], float32[:,:,::1], float32[:,::1], int64, UniTuple(int64, 3))"
+    return (
+        f"{number}[:,:,:], {number}[:,:,:], {number}[:,:,:], {number}[::1], {number}[::1], "
+        "int32[:], int32[:,:], int64, UniTuple(int64, 3), float32[:,:,::1]"
     )
-    return compile_once(loop, f"{number}-{D}-{G}", signature)
 
 
 def flat(cache):
@@ -105,19 +132,22 @@ def can_decode(q):
     return q.device.type == "cpu" and q.dtype in AS
 
 
-def decode(q, k_cache, v_cache, k, v, cache_seqlens, block_table, sums=None):
+def arguments(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
+    """Those of decode() as the loop takes them."""
+    assert q.dtype == k.dtype == k_cache.dtype and k_cache.stride() == v_cache.stride()
+    tensors = (q[:, 0], k[:, 0], v[:, 0], flat(k_cache), flat(v_cache))
+    numbers = (x.view(AS[q.dtype]).numpy() for x in tensors)
+    lengths, table, size = cache_seqlens.numpy(), block_table.numpy(), k_cache.shape[1]
+    assert lengths.max() < table.shape[1] * size, "no slot for the new token"
+    return *numbers, lengths, table, size, k_cache.stride()[:3]
+
+
+def decode(q, *others):
     """flash_attn_with_kvcache() for one new token a row: q (B, 1, H, D), k and v (B, 1, Hkv, D).
 
-    sums (B, H), if it is given, gets log2 of the sum of 2^score, in bits, of each softmax."""
-    (B, _, H, D), (_, block_size, Hkv, _) = q.shape, k_cache.shape
-    assert q.dtype == k.dtype == k_cache.dtype and k_cache.stride() == v_cache.stride()
-    lengths, table = cache_seqlens.numpy(), block_table.numpy()
-    assert lengths.max() < table.shape[1] * block_size, "no slot for the new token"
-    tensors = (q[:, 0], k[:, 0], v[:, 0], flat(k_cache), flat(v_cache))
-    out, sums = torch.zeros(B, H, D), torch.empty(B, H) if sums is None else sums
-    compiled(q.dtype, D, H // Hkv)(
-        *(x.view(AS[q.dtype]).numpy() for x in tensors),
-        lengths, table, out.numpy(), sums.numpy(),
-        block_size, k_cache.stride()[:3],
-    )  # fmt: skip
+    others: k_cache, v_cache, k, v, cache_seqlens and block_table.
+    """
+    (B, _, H, D), Hkv = q.shape, others[0].shape[2]
+    out = torch.zeros(B, H, D)
+    compiled(q.dtype, D, H // Hkv)(*arguments(q, *others), out.numpy())
     return out.to(q.dtype)[:, None]

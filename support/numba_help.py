@@ -135,11 +135,8 @@ def power_of_2(x):
 
 @njit(fastmath=True, error_model="numpy")
 def softmax(scores):
-    """Turn scores (n,), in bits, into weights that add up to 1. Returns log2 of the sum of 2^score.
-
-    Of no scores that is about -1e30, so that they have no weight beside others.
-    """
-    highest, total = np.float32(-1e30), np.float32(1e-30)
+    """Turn scores (n,), in bits, into weights that add up to 1."""
+    highest, total = scores[0], np.float32(0)
     for score in scores:
         highest = max(highest, score)
     for t in range(len(scores)):
@@ -147,7 +144,6 @@ def softmax(scores):
         total += scores[t]
     for t in range(len(scores)):
         scores[t] /= total
-    return highest + np.log2(total)
 
 
 def compile_once(loop, name, signature):

@@ -1,4 +1,6 @@
-"""Decode attention over blocks of whole numbers, read where they lie: cpu_kernels.py's other half.
+"""Decode attention over compressed blocks, too, which are read where they lie.
+
+A loop as in cpu_kernels.py, for rows of which some blocks are in whole numbers.
 
 A number c stands for zero + c scale. Keys have a scale and a zero for each channel d of a block, so
 
@@ -20,41 +22,45 @@ Throughout this file
 """
 
 import functools
-import math
 
 import numpy as np
 import torch
 from numba import prange
 
-from support.cpu_kernels import flat
+from support.cpu_kernels import arguments, attend, flat, places, score, store, types_of
 from support.numba_help import add_rows, as_float, compile_once, prefetch, softmax
 
 
 @functools.cache
-def compiled(bits, D, G, size):
-    """The loop for numbers of 8 or 4 bits, a head size, a group and a block size. (See cpu_kernels)
+def compiled(dtype, bits, D, G, size):
+    """The loop for a dtype, numbers of 8 or 4 bits, a head size, a group and a block size.
 
     D is a multiple of 16, size of 8, and not too large: add_rows() writes out what it does.
     """
     halves = 8 // bits  # Of a byte: two numbers of 4 bits. The lower is from the head's first half.
     width = D // halves
 
-    # codes, keys and values: all numbers from a layer's first one on; c, k and v: strides of rooms
-    # (blocks), of keys and values or scale and zero, and of heads.
-    def loop(q, codes, keys, values, table, n_blocks, out, sums, c, k, v):
-        B, H, _ = q.shape
-        for item in prange(H // G * B):
+    # codes, keys and values: all numbers from a layer's first one on; c, ks and vs: their strides
+    # of rooms (blocks), of keys and values or scale and zero, and of heads.
+    def loop(
+        q, k, v, k_cache, v_cache, seq_len, block_table, _, strides, out,
+        codes, keys, values, table, n_blocks, c, ks, vs,
+    ):  # fmt: skip
+        B, Hkv, _ = k.shape
+        for item in prange(Hkv * B):
             h, row = item // B, item % B
-            heads, n = slice(h * G, h * G + G), n_blocks[row]
-            query, attended = q[row, heads], out[row, heads]  # Zeros so far.
-            weights = np.empty((G, n * size), np.float32)  # First the scores.
+            own, n = seq_len[row] + 1, n_blocks[row]  # Tokens in full precision, blocks beside.
+            tokens = places(block_table[row], own, size, strides, h)
+            query = store(q, k, v, row, h, k_cache, v_cache, tokens[own - 1], G, D)
+            attended = out[row, h * G : (h + 1) * G]  # Zeros so far.
+            weights = np.empty((G, n * size + own), np.float32)  # First the scores.
             scaled = np.empty((G, max(D, size)), np.float32)
             for i in range(n):
                 block, after = table[row, i], table[row, min(i + 1, n - 1)]  # And the next.
-                prefetch(keys, after * k[0] + h * k[2], D)
-                prefetch(keys, after * k[0] + k[1] + h * k[2], D)
-                first = block * k[0] + h * k[2]
-                scales, zeros = keys[first : first + D], keys[first + k[1] :][:D]
+                prefetch(keys, after * ks[0] + h * ks[2], D)
+                prefetch(keys, after * ks[0] + ks[1] + h * ks[2], D)
+                first = block * ks[0] + h * ks[2]
+                scales, zeros = keys[first : first + D], keys[first + ks[1] :][:D]
                 for g in range(G):
                     constant = np.float32(0)
                     for d in range(D):
@@ -67,20 +73,21 @@ def compiled(bits, D, G, size):
                         at, channel = first + d * size, half * width + d
                         prefetch(codes, at + (after - block) * c[0], 4 * size)
                         add_rows(weights, i * size, scaled, channel, codes, at, half, G, size, bits)
+            score(weights, n * size, query, k_cache, tokens, own, G, D)
             for g in range(G):
-                sums[row, h * G + g] = softmax(weights[g])
+                softmax(weights[g])
 
             for i in range(n):
                 block, after = table[row, i], table[row, min(i + 1, n - 1)]
-                prefetch(values, after * v[0] + h * v[2], size)
-                prefetch(values, after * v[0] + v[1] + h * v[2], size)
-                first = block * v[0] + h * v[2]
-                scales, zeros = values[first : first + size], values[first + v[1] :][:size]
+                prefetch(values, after * vs[0] + h * vs[2], size)
+                prefetch(values, after * vs[0] + vs[1] + h * vs[2], size)
+                first = block * vs[0] + h * vs[2]
+                scales, zeros = values[first : first + size], values[first + vs[1] :][:size]
                 for g in range(G):
-                    constant, own = np.float32(0), weights[g, i * size : i * size + size]
+                    constant, of_block = np.float32(0), weights[g, i * size : i * size + size]
                     for t in range(size):
-                        scaled[g, t] = own[t] * as_float(scales[t])
-                        constant += own[t] * as_float(zeros[t])
+                        scaled[g, t] = of_block[t] * as_float(scales[t])
+                        constant += of_block[t] * as_float(zeros[t])
                     for d in range(D):
                         attended[g, d] += constant
                 first = block * c[0] + c[1] + h * c[2]
@@ -89,23 +96,23 @@ def compiled(bits, D, G, size):
                         at, column = first + t * width, half * width
                         prefetch(codes, at + (after - block) * c[0], 4 * width)
                         add_rows(attended, column, scaled, t, codes, at, half, G, width, bits)
+            attend(attended, weights, n * size, v_cache, tokens, own, G, D)
 
-    signature = (
-        "float32[:,:,::1], uint8[::1], int16[::1], int16[::1], int32[:,:], int32[:], "
-        "float32[:,:,::1], float32[:,::1], " + ", ".join(["UniTuple(int64, 3)"] * 3)
-    )
-    return compile_once(loop, f"{bits}-{D}-{G}-{size}", f"({signature})")
+    others = ["uint8[::1], int16[::1], int16[::1], int32[:,:], int32[:]"]
+    signature = ", ".join([types_of(dtype), *others, *["UniTuple(int64, 3)"] * 3])
+    return compile_once(loop, f"{dtype}-{bits}-{D}-{G}-{size}", f"({signature})")
 
 
-def attend_packed(q, parts, layer, table, n_blocks):
-    """Attention of q (B, H, D) over compressed blocks only, and the log2 of its sums, (B, H)."""
-    codes, keys, values = (parts[name][:, layer] for name in ("codes", "keys", "values"))
-    (B, H, D), (Hkv, size) = q.shape, values.shape[2:4]
-    q = q.float() * (D**-0.5 * math.log2(math.e))
-    out, sums = torch.zeros(B, H, D), torch.empty(B, H)
+def decode_packed(q, own, parts, n_blocks, table):
+    """decode(q, *own) of rows with n_blocks (B,) compressed blocks, too, which are in the rooms
+    table (B, width). parts: codes, keys and values (rooms, ...) of a layer. (See Integers)
+    """
+    (B, _, H, D), (codes, keys, values) = q.shape, parts
+    Hkv, size = values.shape[2:4]
+    bits, out = 8 * codes.shape[3] // (size * D), torch.zeros(B, H, D)
     numbers = flat(codes), flat(keys).view(torch.int16), flat(values).view(torch.int16)
-    compiled(8 * codes.shape[3] // (size * D), D, H // Hkv, size)(
-        *(x.numpy() for x in (q, *numbers, table, n_blocks, out, sums)),
+    compiled(q.dtype, bits, D, H // Hkv, size)(
+        *arguments(q, *own), *(x.numpy() for x in (out, *numbers, table, n_blocks)),
         codes.stride()[:3], keys.stride()[:3], values.stride()[:3],
     )  # fmt: skip
-    return out, sums
+    return out.to(q.dtype)[:, None]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -158,9 +159,14 @@ def text_of_row(cache, layer, row):
     return blocks.transpose(2, 3).flatten(1, 2)[:, : int(cache.positions()[row])]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("T", [1, 5])
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+# One new token is the kernel's, which takes seconds to compile for each dtype and codec.
+@pytest.mark.parametrize(
+    ("codec", "dtype", "T"),
+    [*product(CODECS, DTYPES, [5]), *zip(["int8", "int4", "int8"], DTYPES, [1] * 3, strict=True)],
+)
 def test_attention_over_both_kinds(monkeypatch, codec, dtype, T):
     """Against the definition over what is restored; first by the kernel, then without it."""
     torch.manual_seed(0)
@@ -194,10 +200,12 @@ def test_attention_over_both_kinds(monkeypatch, codec, dtype, T):
             assert torch.equal(text_of_row(cache, 1, row), text)
 
 
-@pytest.mark.parametrize(("bits", "D", "G", "size"), [(8, 64, 3, 8), (4, 64, 3, 24), (4, 16, 2, 8)])
+@pytest.mark.parametrize(
+    ("bits", "D", "G", "size"), [(8, 64, 3, 16), (4, 64, 3, 24), (4, 16, 2, 32)]
+)
 def test_the_kernel_reads_blocks_where_they_lie(bits, D, G, size):
-    """Against float64 over restored blocks, with other layers and rooms full of 255."""
-    from support.packed_kernel import attend_packed
+    """Against float64 over all keys and values, with other layers and rooms full of 255."""
+    from support.packed_kernel import decode_packed
 
     torch.manual_seed(0)
     codec = Integers(bits, (3, 2, D), size, torch.float64)
@@ -210,19 +218,22 @@ def test_the_kernel_reads_blocks_where_they_lie(bits, D, G, size):
     n_blocks = torch.tensor([5, 0, 4], dtype=torch.int32)
     table = torch.zeros(3, 6, dtype=torch.int32)
     table[0, :5], table[2, :4] = ids[:5].int(), ids[5:].int()
-    q = torch.randn(3, 2 * G, D)
-    out, sums = attend_packed(q, parts, 1, table, n_blocks)
-    for row, some in ((0, ids[:5]), (2, ids[5:])):
-        keys, values = codec.restore(parts, some, 1).transpose(2, 3).flatten(1, 2)  # (n, Hkv, D)
-        keys, values = (x.repeat_interleave(G, 1) for x in (keys, values))
-        scores = torch.einsum("hd,nhd->hn", q[row].double(), keys) / math.sqrt(D)
+    q, new = torch.randn(3, 1, 2 * G, D), torch.randn(2, 3, 1, 2, D)
+    kv, own = torch.randn(2, 6, size, 2, D), torch.tensor([[4, 1], [3, 0], [2, 5]]).int()
+    seq_len = torch.tensor([size - 1, size, size + 3], dtype=torch.int32)
+    layer = [part[:, 1] for part in parts.values()]
+    out = decode_packed(q, (*kv, *new, seq_len, own), layer, n_blocks, table)
+    for row, some in enumerate((ids[:5], ids[:0], ids[5:])):
+        stored = torch.cat([kv[:, own[row]].flatten(1, 2)[:, : seq_len[row]], new[:, row]], 1)
+        packed = codec.restore(parts, some, 1).transpose(2, 3).flatten(1, 2)  # (2, n, Hkv, D)
+        keys, values = torch.cat([packed, stored.double()], 1).repeat_interleave(G, 2)
+        scores = torch.einsum("hd,nhd->hn", q[row, 0].double(), keys) / math.sqrt(D)
         expected = torch.einsum("hn,nhd->hd", scores.softmax(1), values)
-        torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-5)
-        expected = scores.logsumexp(1) / math.log(2)
-        torch.testing.assert_close(sums[row].double(), expected, rtol=1e-5, atol=1e-5)
-    assert not out[1].any() and (sums[1] < -1e29).all()
-    assert codec.attend is attend_packed
-    assert not Integers(bits, (3, 2, D), 20, torch.float64).attend  # It takes eight at a time.
+        torch.testing.assert_close(out[row, 0].double(), expected, rtol=1e-5, atol=1e-5)
+        block, slot = own[row, seq_len[row] // size], seq_len[row] % size
+        assert torch.equal(kv[:, block, slot], new[:, row, 0])
+    assert codec.decode is decode_packed
+    assert not Integers(bits, (3, 2, D), 20, torch.float64).decode  # It takes eight at a time.
 
 
 # --- Memory ---------------------------------------------------------------------------------------
@@ -316,10 +327,9 @@ TestCompressedCache = CompressedCacheMachine.TestCase
 def test_what_is_not_compressed_is_full_attention(tmp_path, deep, monkeypatch, codec):
     monkeypatch.setattr(CompressedCache, "residual", 10**6)
     texts = [text_of(n, seed=n) for n in (14, 30, 31, 45, 61)] * 3
-    blocks = 2 * blocks_for(61 + 2 + 40, 16)
-    gb = blocks * 16 * BYTES_PER_TOKEN / 1e9
-    result = run(PAGED, deep, tmp_path, texts, "--max-new-tokens", 40, "--block-size", 16,
-                 "--kv-gb", gb, "--compress", codec)  # fmt: skip
+    blocks = 2 * blocks_for(61 + 2 + 40, 32)
+    options = ["--max-new-tokens", 40, "--kv-gb", blocks * 32 * BYTES_PER_TOKEN / 1e9]
+    result = run(PAGED, deep, tmp_path, texts, *options, "--compress", codec)
     plain = {text: plain_generate(deep, tiny_prompt(text), 40) for text in set(texts)}
     assert answers(result) == [plain[text] for text in texts]
     assert result["preemptions"]
@@ -358,8 +368,8 @@ def test_more_requests_run_in_the_same_memory(tmp_path, deep):
 
 def test_a_trace_of_both_kinds(tmp_path, deep):
     """What the memory map shows adds up to what the statistics count, step by step."""
-    texts, size = [text_of(n, seed=n) for n in (30, 70, 100)], 16
-    options = ["--max-new-tokens", 40, "--block-size", size, "--compress", "int8"]
+    texts, size = [text_of(n, seed=n) for n in (30, 70, 100)], 32
+    options = ["--max-new-tokens", 40, "--compress", "int8"]
     run(PAGED, deep, tmp_path, texts, *options, "--trace", tmp_path / "trace")
     head, *steps = map(json.loads, (tmp_path / "trace").read_text().splitlines())
     (total, _), (rooms, _) = head["tiers"]["HBM"], head["tiers"]["compressed"]
