@@ -231,7 +231,7 @@ class TieredCache(PagedCache):
         key, block = self.idle.popitem(last=False)
         del self.in_hbm[key]
         self.counts["dropped"] += self.store.dump(key, self.kv[:, :, block])
-        self.counts["spilled"] += key in self.store
+        self.counts["spilled"] += key in self.store.ids
         self.pool.free([block])
 
     def lookup(self, tokens):
@@ -240,7 +240,7 @@ class TieredCache(PagedCache):
         One token is always left to compute: the answer begins with what the model says after it.
         """
         keys = keys_of(tokens[:-1], self.block_size)
-        return list(takewhile(lambda key: key in self.in_hbm or key in self.store, keys))
+        return list(takewhile(lambda key: key in self.in_hbm or key in self.store.ids, keys))
 
     def can_admit(self, tokens):
         """False, too, while a row computes blocks that begin these tokens: soon they are known."""
@@ -252,7 +252,7 @@ class TieredCache(PagedCache):
     def admit(self, tokens):
         found = self.lookup(tokens)
         shared = [key for key in found if key in self.in_hbm]
-        absent = [key for key in found if key in self.store]
+        absent = [key for key in found if key in self.store.ids]
         # What is found is taken first, or what makes room for the rest could take it away.
         self.pool.share([self.in_hbm[key] for key in shared])
         for key in shared:

@@ -39,36 +39,36 @@ class Integers:
     def __init__(self, bits, shape, block_size, dtype):
         (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
         self.decode = decode_packed if D % 16 == 0 and block_size in range(8, 257, 8) else None
-        self.parts = {
-            "codes": part(torch.uint8, L, 2, Hkv, block_size * D * bits // 8),
-            "keys": part(torch.float16, L, 2, Hkv, 1, D),  # Scale and zero.
-            "values": part(torch.float16, L, 2, Hkv, block_size, 1),
-        }
+        self.rows = [(D, block_size), (block_size, D)]  # Of keys and of values, with a scale each.
+        self.bytes = [4 * rows + rows * m * bits // 8 for rows, m in self.rows]
+        self.parts = {"block": part(torch.uint8, L, Hkv, sum(self.bytes))}
 
     def encode(self, kv):
-        parts, codes = {}, []
-        for name, x, dim in zip(("keys", "values"), kv.float().unbind(2), (3, 4), strict=True):
-            low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-            scale = (high - low) / (2**self.bits - 1)
-            parts[name] = torch.stack([scale.clamp(min=2**-24), low], 2).half()
-            scale, zero = parts[name].float().unbind(2)  # As they are stored.
-            x = (x - zero).div_(scale).round_().clamp_(0, 2**self.bits - 1).byte()
-            if self.bits == 4:  # Of a byte, the lower half is from the head's first half.
-                first, second = x.chunk(2, 4)
-                x = first + 16 * second
-            x = x.transpose(3, 4) if name == "keys" else x  # Keys lie channel by channel.
-            codes.append(x.flatten(3))
-        return {**parts, "codes": torch.stack(codes, 2)}
+        keys, values = kv.float().unbind(2)
+        encoded = []
+        for x in (keys.transpose(3, 4), values):  # (n, L, Hkv, rows, m)
+            low, high = x.amin(4, keepdim=True), x.amax(4, keepdim=True)
+            scale = ((high - low) / (2**self.bits - 1)).clamp(min=2**-24).half()
+            codes = (x - low.half()).div_(scale).round_().clamp_(0, 2**self.bits - 1)
+            codes = codes.byte().flatten(3)
+            if self.bits == 4:  # Of a byte, the lower half is from the first half of all rows.
+                first, second = codes.chunk(2, 3)
+                codes = first + 16 * second
+            floats = torch.cat([scale, low.half()], 3).flatten(3)
+            encoded += [floats.view(torch.uint8), codes]
+        return {"block": torch.cat(encoded, 3)}
 
     def restore(self, parts, ids, layer):
-        keys, values = parts["codes"][ids, layer].unbind(1)  # (n, Hkv, block_size * D * bits / 8)
-        size, restored = self.parts["values"].shape[3], []
-        keys = keys.unflatten(2, (-1, size)).transpose(2, 3)
-        for name, x in (("keys", keys), ("values", values.unflatten(2, (size, -1)))):
-            x = torch.cat([x & 15, x >> 4], 3) if self.bits == 4 else x
-            scale, zero = parts[name][ids, layer].float().unbind(1)
-            restored.append(zero + x * scale)
-        return torch.stack(restored).to(self.dtype)
+        restored = []
+        encoded = parts["block"][ids, layer].split(self.bytes, 2)
+        for x, (rows, m) in zip(encoded, self.rows, strict=True):
+            scale, zero = x[..., : 4 * rows].view(torch.half).float().unsqueeze(3).chunk(2, 2)
+            codes = x[..., 4 * rows :]
+            if self.bits == 4:
+                codes = torch.cat([codes & 15, codes >> 4], 2)
+            restored.append(zero + codes.unflatten(2, (rows, m)) * scale)
+        keys, values = restored
+        return torch.stack([keys.transpose(2, 3), values]).to(self.dtype)
 
 
 class MiniCache:

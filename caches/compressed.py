@@ -106,8 +106,7 @@ class CompressedCache(PagedCache):
         return self.seq_len + self.n_packed * self.block_size
 
     def tables(self, rows):
-        """Of a list of rows: (B, 2) tokens in full precision and compressed blocks; (B, 2, width)
-        tables of both."""
+        """Of rows: (B, 2) tokens in full precision, compressed blocks; tables (B, 2, width)."""
         rows = torch.tensor(rows)
         width = max(int(self.n_owned[rows].max()), int(self.n_packed[rows].max()))
         lengths = torch.stack([self.seq_len[rows], self.n_packed[rows]], 1)
@@ -119,9 +118,8 @@ class CompressedCache(PagedCache):
         seq_len, n_packed = cache_seqlens.unbind(1)
         table, packed = block_table.unbind(1)
         if q.shape[1] == 1 and self.codec.decode and attention.can_decode(q):
-            parts = [part[:, layer] for part in self.parts.values()]
             own = (*self.layer(layer), k, v, seq_len, table)
-            return self.codec.decode(q, own, parts, n_packed, packed)
+            return self.codec.decode(q, own, self.parts["block"][:, layer], n_packed, packed)
         if not n_packed.any():
             places = {"cache_seqlens": seq_len, "block_table": table, "causal": True}
             return attention.flash_attn_with_kvcache(q, *self.layer(layer), k, v, **places)
@@ -136,8 +134,8 @@ class CompressedCache(PagedCache):
             restored = self.codec.restore(self.parts, packed[i, :n], layer)
             blocks = torch.cat([restored, self.kv[layer][:, own]], 1)  # (2, n, Hkv, block_size, D)
             numbers = torch.arange(blocks.shape[1], dtype=torch.int32, device=q.device)
-            places = {"cache_seqlens": seq_len[one] + n * self.block_size}
-            places["block_table"] = numbers[None]
+            length = seq_len[one] + n * self.block_size
+            places = {"cache_seqlens": length, "block_table": numbers[None]}
             out[one] = attention.flash_attn_with_kvcache(
                 q[one], *blocks.transpose(2, 3), k[one], v[one], **places, causal=True
             )

@@ -12,9 +12,8 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
-# oneDNN keeps a compiled kernel of 0.5 MB for each shape that it meets, 1,024 of them as is usual,
-# and ideep, between it and torch, keeps them again. A step needs five; to keep 96 of them took more
-# memory than 16 and was no faster.
+# oneDNN keeps a compiled kernel of 0.5 MB for each shape that it meets, up to 1,024 of them, and
+# ideep, between it and torch, keeps them again. A step needs five.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "8")
 
@@ -118,10 +117,9 @@ def check(params, w):
 def pack(weight):
     """The matrix as the CPU multiplies it fastest; a GPU takes it as it is.
 
-    With instructions for bfloat16, in oneDNN's blocked layout: 1 to 8 rows times all matrices of
-    SmolLM2 take half as long as with the plain one, 49 rows three quarters, 2,048 nine tenths.
-    Without them, in float32, in twice the room: with AVX2, 1 row takes as long as in bfloat16,
-    49 rows less than half, 512 rows a seventh.
+    With instructions for bfloat16, in oneDNN's blocked layout: 1 to 8 rows take half as long as
+    with the plain one, 49 three quarters, 2,048 nine tenths. Without, in float32, in twice the
+    room: with AVX2, 1 row takes as long as in bfloat16, 49 less than half, 512 a seventh.
     """
     if weight.device.type != "cpu":
         return weight

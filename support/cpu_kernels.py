@@ -142,12 +142,9 @@ def arguments(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
     return *numbers, lengths, table, size, k_cache.stride()[:3]
 
 
-def decode(q, *others):
-    """flash_attn_with_kvcache() for one new token a row: q (B, 1, H, D), k and v (B, 1, Hkv, D).
-
-    others: k_cache, v_cache, k, v, cache_seqlens and block_table.
-    """
-    (B, _, H, D), Hkv = q.shape, others[0].shape[2]
+def decode(q, k_cache, *others):
+    """flash_attn_with_kvcache() for one new token a row: q (B, 1, H, D); the others as there."""
+    (B, _, H, D), Hkv = q.shape, k_cache.shape[2]
     out = torch.zeros(B, H, D)
-    compiled(q.dtype, D, H // Hkv)(*arguments(q, *others), out.numpy())
+    compiled(q.dtype, D, H // Hkv)(*arguments(q, k_cache, *others), out.numpy())
     return out.to(q.dtype)[:, None]

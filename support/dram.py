@@ -44,9 +44,6 @@ class DramStore:
             torch.cuda.check_error(register(self.blocks.data_ptr(), self.blocks.nbytes, 0))
             self.stream = torch.cuda.Stream()
 
-    def __contains__(self, key):
-        return key in self.ids
-
     def dump(self, key, source):
         """Start to copy a block into the store. Returns how many blocks are dropped for it.
 

@@ -1,8 +1,4 @@
-"""What the loops of cpu_kernels.py and packed_kernel.py need and numba lacks.
-
-Numbers of 16 bits, asking for memory in advance, products with numbers of 8 and 4 bits, a fast 2^x,
-a softmax by it, and machine code that the next process finds on disk.
-"""
+"""What the loops of cpu_kernels.py and packed_kernel.py need and numba lacks."""
 
 import os
 import signal

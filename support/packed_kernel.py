@@ -1,8 +1,7 @@
 """Decode attention over compressed blocks, too, which are read where they lie.
 
-A loop as in cpu_kernels.py, for rows of which some blocks are in whole numbers.
-
-A number c stands for zero + c scale. Keys have a scale and a zero for each channel d of a block, so
+A loop as in cpu_kernels.py, for rows of which some blocks are in whole numbers. A number c stands
+for zero + c scale. Keys have a scale and a zero for each channel d of a block, so
 
     query . key = sum over d of (query[d] scale[d]) c[d]  +  query . zero
 
@@ -15,20 +14,43 @@ that is done with a block's numbers is two products of a few rows with them:
 
 Keys lie channel by channel for it: then neither adds up what is side by side in a register.
 
-Throughout this file
-    B  requests in the batch, one row each       H    query heads
-    G  query heads that share a K/V head         Hkv  key and value heads, H = G * Hkv
-    n  compressed blocks of a row                D    size of a head
+Throughout this file letters are those of cpu_kernels.py, but n: the compressed blocks of a row.
 """
 
 import functools
 
 import numpy as np
 import torch
-from numba import prange
+from numba import njit, prange
 
 from support.cpu_kernels import arguments, attend, flat, places, score, store, types_of
 from support.numba_help import add_rows, as_float, compile_once, prefetch, softmax
+
+
+@njit(inline="always")
+def add_product(out, column, x, first, scaled, block, floats, at, ahead, rows, m, G, bits):
+    """out (G, ...)[:, column : column + m] += x (G, ...)[:, first : first + rows] @ keys or values.
+
+    These begin at block[at]: scales and zeros of the rows, in 16 bits, then numbers (rows, m); of 4
+    bits two in a byte, the lower from the first half of rows. What is needed next is `ahead` of it
+    and asked for in advance. scaled: room for (G, rows) numbers.
+    """
+    scale, codes = at // 2, at + 4 * rows
+    prefetch(floats, scale + ahead // 2, 2 * rows)
+    scales, zeros = floats[scale : scale + rows], floats[scale + rows :][:rows]
+    for g in range(G):
+        own, total = x[g, first : first + rows], out[g, column : column + m]
+        constant = np.float32(0)
+        for i in range(rows):
+            scaled[g, i] = own[i] * as_float(scales[i])
+            constant += own[i] * as_float(zeros[i])
+        for j in range(m):
+            total[j] += constant
+    part = rows * bits // 8
+    for half in range(8 // bits):
+        for i in range(0, part, 4):
+            prefetch(block, codes + ahead + i * m, 4 * m)
+            add_rows(out, column, scaled, half * part + i, block, codes + i * m, half, G, m, bits)
 
 
 @functools.cache
@@ -37,14 +59,12 @@ def compiled(dtype, bits, D, G, size):
 
     D is a multiple of 16, size of 8, and not too large: add_rows() writes out what it does.
     """
-    halves = 8 // bits  # Of a byte: two numbers of 4 bits. The lower is from the head's first half.
-    width = D // halves
+    values = 4 * D + D * size * bits // 8  # They begin there, keys at 0.
 
-    # codes, keys and values: all numbers from a layer's first one on; c, ks and vs: their strides
-    # of rooms (blocks), of keys and values or scale and zero, and of heads.
+    # block: all that lies from a layer's first block on.
     def loop(
         q, k, v, k_cache, v_cache, seq_len, block_table, _, strides, out,
-        codes, keys, values, table, n_blocks, c, ks, vs,
+        block, floats, table, n_blocks, block_strides,
     ):  # fmt: skip
         B, Hkv, _ = k.shape
         for item in prange(Hkv * B):
@@ -52,67 +72,36 @@ def compiled(dtype, bits, D, G, size):
             own, n = seq_len[row] + 1, n_blocks[row]  # Tokens in full precision, blocks beside.
             tokens = places(block_table[row], own, size, strides, h)
             query = store(q, k, v, row, h, k_cache, v_cache, tokens[own - 1], G, D)
-            attended = out[row, h * G : (h + 1) * G]  # Zeros so far.
-            weights = np.empty((G, n * size + own), np.float32)  # First the scores.
+            blocks = places(table[row], n, 1, block_strides, h)
+            weights = np.zeros((G, n * size + own), np.float32)  # First the scores.
             scaled = np.empty((G, max(D, size)), np.float32)
             for i in range(n):
-                block, after = table[row, i], table[row, min(i + 1, n - 1)]  # And the next.
-                prefetch(keys, after * ks[0] + h * ks[2], D)
-                prefetch(keys, after * ks[0] + ks[1] + h * ks[2], D)
-                first = block * ks[0] + h * ks[2]
-                scales, zeros = keys[first : first + D], keys[first + ks[1] :][:D]
-                for g in range(G):
-                    constant = np.float32(0)
-                    for d in range(D):
-                        scaled[g, d] = query[g, d] * as_float(scales[d])
-                        constant += query[g, d] * as_float(zeros[d])
-                    weights[g, i * size : i * size + size] = constant  # Then add the rest.
-                first = block * c[0] + h * c[2]
-                for half in range(halves):
-                    for d in range(0, width, 4):
-                        at, channel = first + d * size, half * width + d
-                        prefetch(codes, at + (after - block) * c[0], 4 * size)
-                        add_rows(weights, i * size, scaled, channel, codes, at, half, G, size, bits)
+                at, ahead = blocks[i], blocks[i + 1] - blocks[i]
+                add_product(
+                    weights, i * size, query, 0, scaled, block, floats, at, ahead, D, size, G, bits
+                )
             score(weights, n * size, query, k_cache, tokens, own, G, D)
             for g in range(G):
                 softmax(weights[g])
-
+            result = out[row, h * G : (h + 1) * G]  # Zeros so far.
             for i in range(n):
-                block, after = table[row, i], table[row, min(i + 1, n - 1)]
-                prefetch(values, after * vs[0] + h * vs[2], size)
-                prefetch(values, after * vs[0] + vs[1] + h * vs[2], size)
-                first = block * vs[0] + h * vs[2]
-                scales, zeros = values[first : first + size], values[first + vs[1] :][:size]
-                for g in range(G):
-                    constant, of_block = np.float32(0), weights[g, i * size : i * size + size]
-                    for t in range(size):
-                        scaled[g, t] = of_block[t] * as_float(scales[t])
-                        constant += of_block[t] * as_float(zeros[t])
-                    for d in range(D):
-                        attended[g, d] += constant
-                first = block * c[0] + c[1] + h * c[2]
-                for half in range(halves):
-                    for t in range(0, size, 4):
-                        at, column = first + t * width, half * width
-                        prefetch(codes, at + (after - block) * c[0], 4 * width)
-                        add_rows(attended, column, scaled, t, codes, at, half, G, width, bits)
-            attend(attended, weights, n * size, v_cache, tokens, own, G, D)
+                at, ahead = blocks[i] + values, blocks[i + 1] - blocks[i]
+                add_product(
+                    result, 0, weights, i * size, scaled, block, floats, at, ahead, size, D, G, bits
+                )
+            attend(result, weights, n * size, v_cache, tokens, own, G, D)
 
-    others = ["uint8[::1], int16[::1], int16[::1], int32[:,:], int32[:]"]
-    signature = ", ".join([types_of(dtype), *others, *["UniTuple(int64, 3)"] * 3])
-    return compile_once(loop, f"{dtype}-{bits}-{D}-{G}-{size}", f"({signature})")
+    own = types_of(dtype) + ", uint8[::1], int16[::1], int32[:,:], int32[:], UniTuple(int64, 3)"
+    return compile_once(loop, f"{dtype}-{bits}-{D}-{G}-{size}", f"({own})")
 
 
-def decode_packed(q, own, parts, n_blocks, table):
+def decode_packed(q, own, block, n_blocks, table):
     """decode(q, *own) of rows with n_blocks (B,) compressed blocks, too, which are in the rooms
-    table (B, width). parts: codes, keys and values (rooms, ...) of a layer. (See Integers)
+    table (B, width) of block (rooms, Hkv, bytes), those of a layer. (See Integers)
     """
-    (B, _, H, D), (codes, keys, values) = q.shape, parts
-    Hkv, size = values.shape[2:4]
-    bits, out = 8 * codes.shape[3] // (size * D), torch.zeros(B, H, D)
-    numbers = flat(codes), flat(keys).view(torch.int16), flat(values).view(torch.int16)
-    compiled(q.dtype, bits, D, H // Hkv, size)(
-        *arguments(q, *own), *(x.numpy() for x in (out, *numbers, table, n_blocks)),
-        codes.stride()[:3], keys.stride()[:3], values.stride()[:3],
-    )  # fmt: skip
+    (B, _, H, D), size, Hkv = q.shape, own[0].shape[1], block.shape[1]
+    bits, out = 4 * (block.shape[2] - 4 * (D + size)) // (size * D), torch.zeros(B, H, D)
+    tensors = (out, flat(block), flat(block).view(torch.int16), table, n_blocks)
+    run = compiled(q.dtype, bits, D, H // Hkv, size)
+    run(*arguments(q, *own), *(x.numpy() for x in tensors), (block.stride(0), 0, block.stride(1)))
     return out.to(q.dtype)[:, None]

@@ -125,10 +125,8 @@ def read_requests(args, encoding, chat, n_turns=1):
 
 
 def arrive(coming, waiting, running):
-    """Move the requests that have arrived by now from one deque to the other.
-
-    If none waits or runs, sleep until the first one is here.
-    """
+    """Move the requests that have arrived by now from one deque to the other. If none waits or
+    runs, sleep until the first one is here."""
     while coming and (not (waiting or running) or coming[0].arrived <= time.perf_counter()):
         time.sleep(max(0, coming[0].arrived - time.perf_counter()))
         waiting.append(coming.popleft())

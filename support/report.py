@@ -123,9 +123,8 @@ class Stats:
         each step, when it was over, how many ran and waited."""
         came = [r.arrived for r in requests if r.arrived <= time.perf_counter()]
         steps = {name: [getattr(s, name) for s in self.samples] for name in Sample._fields[:3]}
-        seconds = max(came, default=0) - min(came, default=0)
-        waited = max(steps["waiting"], default=0)
-        return {"came": len(came), "came_s": seconds, "waited": waited, **steps}
+        counts = {"came": len(came), "came_s": max(came, default=0) - min(came, default=0)}
+        return {**counts, "waited": max(steps["waiting"], default=0), **steps}
 
     def times(self, requests):
         """Seconds, and each request's time to its first token and per token behind that."""

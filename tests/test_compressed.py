@@ -210,7 +210,7 @@ def test_the_kernel_reads_blocks_where_they_lie(bits, D, G, size):
     torch.manual_seed(0)
     codec = Integers(bits, (3, 2, D), size, torch.float64)
     parts = {name: torch.zeros(12, *p.shape, dtype=p.dtype) for name, p in codec.parts.items()}
-    parts["codes"][:] = 255
+    parts["block"][:] = 255
     encoded = codec.encode(torch.randn(9, 3, 2, 2, size, D))
     ids = torch.tensor([3, 11, 0, 5, 4, 7, 8, 1, 9])
     for name, values in encoded.items():
@@ -221,8 +221,7 @@ def test_the_kernel_reads_blocks_where_they_lie(bits, D, G, size):
     q, new = torch.randn(3, 1, 2 * G, D), torch.randn(2, 3, 1, 2, D)
     kv, own = torch.randn(2, 6, size, 2, D), torch.tensor([[4, 1], [3, 0], [2, 5]]).int()
     seq_len = torch.tensor([size - 1, size, size + 3], dtype=torch.int32)
-    layer = [part[:, 1] for part in parts.values()]
-    out = decode_packed(q, (*kv, *new, seq_len, own), layer, n_blocks, table)
+    out = decode_packed(q, (*kv, *new, seq_len, own), parts["block"][:, 1], n_blocks, table)
     for row, some in enumerate((ids[:5], ids[:0], ids[5:])):
         stored = torch.cat([kv[:, own[row]].flatten(1, 2)[:, : seq_len[row]], new[:, row]], 1)
         packed = codec.restore(parts, some, 1).transpose(2, 3).flatten(1, 2)  # (2, n, Hkv, D)

@@ -100,7 +100,7 @@ def test_spilling_begins_before_room_is_needed():
     row, _, _ = fill(cache, [99])
     assert cache.counts["spilled"] == 0  # One of two is free.
     other, _, _ = fill(cache, [98])
-    assert [key in cache.store for key in keys] == [False, True, True]
+    assert [key in cache.store.ids for key in keys] == [False, True, True]
     assert len(cache.pool.free_ids) == 2
     cache.release(row)
     cache.release(other)
@@ -118,8 +118,8 @@ def test_the_least_recently_used_leave_first():
     row, _, _ = fill(cache, [10, 11, 12, 13, 14])  # Uses the oldest that is left.
     cache.release(row)
     fill(cache, list(range(50, 62)))
-    assert keys[10] in cache.store or keys[10] in cache.in_hbm
-    assert keys[0] not in cache.store  # DRAM has room for two, and that was there first.
+    assert keys[10] in cache.store.ids or keys[10] in cache.in_hbm
+    assert keys[0] not in cache.store.ids  # DRAM has room for two, and that was there first.
 
 
 def test_copies_on_cuda_have_a_stream_beside_the_computation(monkeypatch):
