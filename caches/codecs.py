@@ -5,7 +5,7 @@
     encode(kv)        {name: tensor (n, ...)} of n blocks (n, L, 2, Hkv, block_size, D)
     restore(parts, ids, layer)           keys and values (2, n, Hkv, block_size, D) of a layer of
                       the blocks ids (n,), out of {name: tensor (rooms, ...)}
-    decode            None, or attention for decode steps that reads the parts where they lie
+    decode            None, or attention for decode steps that reads the part "block" in place
 
 Throughout this file
     L  layers                                    Hkv  key and value heads
@@ -39,7 +39,7 @@ class Integers:
     def __init__(self, bits, shape, block_size, dtype):
         (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
         self.decode = decode_packed if D % 16 == 0 and block_size in range(8, 257, 8) else None
-        self.rows = [(D, block_size), (block_size, D)]  # Of keys and of values, with a scale each.
+        self.rows = [(D, block_size), (block_size, D)]  # Of keys, of values: one scale, one zero.
         self.bytes = [4 * rows + rows * m * bits // 8 for rows, m in self.rows]
         self.parts = {"block": part(torch.uint8, L, Hkv, sum(self.bytes))}
 

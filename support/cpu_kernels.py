@@ -33,13 +33,11 @@ AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: t
 # Tokens between the one that is read and the one that prefetch() asks for: 16 to 48 were the same.
 AHEAD = 16
 
-# The parts of the loop, put together in compiled(). k_cache and v_cache: all numbers of a cache in
-# one line; strides lead to the next block, slot and head.
-
 
 @njit(inline="always")
 def places(table, n, size, strides, h):
-    """Where the n tokens of a row lie, and the last one once more for what looks ahead."""
+    """Where the n tokens of a row lie in k_cache and v_cache, whose numbers are one line each; and
+    the last one once more for what looks ahead. strides: of blocks, slots and heads."""
     block_stride, slot_stride, head_stride = strides
     at = np.empty(n + AHEAD, np.int64)
     for i in range(-(-n // size)):

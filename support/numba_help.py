@@ -145,9 +145,10 @@ def softmax(scores):
 def compile_once(loop, name, signature):
     """The loop as machine code for this signature, and for the next process on disk."""
     # numba keeps an index for each name. One that several processes write for different loops
-    # would mix them up: each loop has a name of its own. Nor does it see that this file, of which
-    # loops call functions, has changed.
-    loop.__qualname__ += f"-{name}-{os.stat(__file__).st_mtime_ns}"
+    # would mix them up: each loop has a name of its own. Nor does it see that one of these files
+    # has changed, of which loops call functions.
+    files = __file__, __file__.replace("numba_help", "cpu_kernels")
+    loop.__qualname__ += f"-{name}-{max(os.stat(file).st_mtime_ns for file in files)}"
     options = {"parallel": True, "fastmath": True, "error_model": "numpy"}
     held = []  # Ctrl-C has to wait: raised in one of llvmlite's finalizers, it would be lost.
     handler = signal.signal(signal.SIGINT, lambda *args: held.append(args))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -315,3 +316,17 @@ def test_ctrl_c_waits_for_the_compiler(monkeypatch):
         assert len(done) == 1 and signal.getsignal(signal.SIGINT) is handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("file", ["cpu_kernels.py", "numba_help.py"])
+def test_a_loop_is_compiled_again_when_what_it_calls_has_changed(monkeypatch, file):
+    names, stat = [], os.stat
+    monkeypatch.setattr(numba_help, "njit", lambda *_, **__: lambda f: names.append(f.__qualname__))
+
+    def changed(path):
+        return SimpleNamespace(st_mtime_ns=2**62) if Path(path).name == file else stat(path)
+
+    for os_stat in (stat, stat, changed):
+        monkeypatch.setattr(os, "stat", os_stat)
+        numba_help.compile_once(lambda: None, "name", "()")
+    assert names[0] == names[1] != names[2]
