@@ -100,13 +100,13 @@ def peers(plt, result):
     """bench/peers.py"""
     engines = {name: row for name, row in result["engines"].items() if "49" in row}
     looks = {"llama3-paged": "paged", "llama3-virtual": "virtual", "llama3-naive": "naive"}
-    titles = {"49": "49 requests", "8": "8 requests", "1": "1 request", "as they stand": "49, long"}
-    figure, axes = plt.subplots(1, len(titles), figsize=(13, 3.2), sharey=True, layout="tight")
-    for axis, (load, title) in zip(axes, titles.items(), strict=True):
+    loads = ["49", "8", "1", "as they stand", "with six"]
+    figure, axes = plt.subplots(1, len(loads), figsize=(13, 3.2), sharey=True, layout="tight")
+    for axis, load in zip(axes, loads, strict=True):
         speeds = {name: row.get(load, {}).get("tokens_per_s", 0) for name, row in engines.items()}
         labels = [f"{speed:.0f}" if speed else "-" for speed in speeds.values()]
         bars(axis, speeds, labels, [looks.get(name, "other") for name in speeds])
-        axis.set(title=title, xlabel="generated tokens/s")
+        axis.set(title=f"Prompts: {load}", xlabel="generated tokens/s")
     return figure
 
 
