@@ -115,8 +115,8 @@ def row_of(results):
 def measure(name, args):
     """A column of the table. Raises RuntimeError where a run fails."""
     most, _ = apart(most_at_once, name, args)
-    n = args.requests
-    size = max(1, most) if name == "naive" else n
+    n, size = args.requests, max(1, most) if name == "naive" else args.requests
+    apart(run_strategy, name, args, 0, 1, "--max-new-tokens", 2)  # Compiles what is not yet.
     runs = [apart(run_strategy, name, args, i, min(n, i + size)) for i in range(0, n, size)]
     results, peaks = zip(*runs, strict=True)
     return {"most_at_once": most, **row_of(results), "peak_memory_bytes": max(peaks), "on": facts()}
