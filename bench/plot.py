@@ -100,7 +100,7 @@ def peers(plt, result):
     """bench/peers.py"""
     engines = {name: row for name, row in result["engines"].items() if "49" in row}
     looks = {"llama3-paged": "paged", "llama3-virtual": "virtual", "llama3-naive": "naive"}
-    loads = ["49", "8", "1", "as they stand", "with six"]
+    loads = list(result["prompt_tokens"])
     figure, axes = plt.subplots(1, len(loads), figsize=(13, 3.2), sharey=True, layout="tight")
     for axis, load in zip(axes, loads, strict=True):
         speeds = {name: row.get(load, {}).get("tokens_per_s", 0) for name, row in engines.items()}

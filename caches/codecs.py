@@ -38,7 +38,7 @@ class Integers:
 
     def __init__(self, bits, shape, block_size, dtype):
         (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
-        self.decode = decode_packed if D % 16 == 0 and block_size in range(8, 257, 8) else None
+        self.decode = decode_packed if D % 8 == 0 and block_size in range(8, 257, 8) else None
         self.rows = [(D, block_size), (block_size, D)]  # Of keys, of values: one scale, one zero.
         self.bytes = [4 * rows + rows * m * bits // 8 for rows, m in self.rows]
         self.parts = {"block": part(torch.uint8, L, Hkv, sum(self.bytes))}

@@ -22,9 +22,8 @@ import math
 
 import numpy as np
 import torch
-from numba import njit, prange
 
-from support.numba_help import as_float, compile_once, prefetch, softmax
+from support.numba_help import as_float, compile_once, njit, prange, prefetch, softmax
 
 # numpy has no bfloat16, and numba computes with neither float of 16 bits: both go in as integers,
 # one as unsigned ones, the other as signed ones, which tells them apart.
@@ -36,8 +35,8 @@ AHEAD = 16
 
 @njit(inline="always")
 def places(table, n, size, strides, h):
-    """Where the n tokens of a row lie in k_cache and v_cache, whose numbers are one line each; and
-    the last one once more for what looks ahead. strides: of blocks, slots and heads."""
+    """Where the n tokens of a row lie in k_cache and v_cache, flattened; and the last one once more
+    for what looks ahead. strides: of blocks, slots and heads."""
     block_stride, slot_stride, head_stride = strides
     at = np.empty(n + AHEAD, np.int64)
     for i in range(-(-n // size)):
@@ -51,7 +50,7 @@ def places(table, n, size, strides, h):
 
 @njit(inline="always")
 def store(q, k, v, row, h, k_cache, v_cache, place, G, D):
-    """Store the new token. Returns query (G, D), scaled so that weights are powers of 2."""
+    """Store the new token. Returns query (G, D), scaled so that a weight is 2^score."""
     for d in range(D):
         k_cache[place + d] = k[row, h, d]
         v_cache[place + d] = v[row, h, d]

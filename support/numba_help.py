@@ -2,6 +2,8 @@
 
 import os
 import signal
+import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +13,7 @@ os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 
 from llvmlite import ir
 from numba import njit, types
+from numba import prange as prange  # Loops have it from here, or numba came before the line above.
 from numba.extending import intrinsic
 
 
@@ -147,8 +150,8 @@ def compile_once(loop, name, signature):
     # numba keeps an index for each name. One that several processes write for different loops
     # would mix them up: each loop has a name of its own. Nor does it see that one of these files
     # has changed, of which loops call functions.
-    files = __file__, __file__.replace("numba_help", "cpu_kernels")
-    loop.__qualname__ += f"-{name}-{max(os.stat(file).st_mtime_ns for file in files)}"
+    files = Path(__file__), Path(__file__).with_name("cpu_kernels.py")
+    loop.__qualname__ += f"-{name}-{zlib.crc32(b''.join(file.read_bytes() for file in files)):x}"
     options = {"parallel": True, "fastmath": True, "error_model": "numpy"}
     held = []  # Ctrl-C has to wait: raised in one of llvmlite's finalizers, it would be lost.
     handler = signal.signal(signal.SIGINT, lambda *args: held.append(args))

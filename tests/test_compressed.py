@@ -201,10 +201,10 @@ def test_attention_over_both_kinds(monkeypatch, codec, dtype, T):
 
 
 @pytest.mark.parametrize(
-    ("bits", "D", "G", "size"), [(4, 64, 3, 16), (8, 16, 2, 32), (4, 16, 2, 24)]
+    ("bits", "D", "G", "size"), [(4, 64, 3, 16), (8, 16, 2, 32), (4, 24, 2, 24)]
 )
 def test_the_kernel_reads_blocks_where_they_lie(bits, D, G, size):
-    """Against float64 over all keys and values, with other layers and rooms full of 255."""
+    """Against float64 over all keys and values, in a memory that is full of 255 elsewhere."""
     from support.packed_kernel import decode_packed
 
     torch.manual_seed(0)
@@ -241,7 +241,7 @@ def test_the_kernel_reads_blocks_where_they_lie(bits, D, G, size):
 class Whole:
     """A further codec: numbers that are whole anyway, in half the bytes."""
 
-    attend = None
+    decode = None
 
     def __init__(self, shape, block_size, dtype):
         L, Hkv, D = shape
