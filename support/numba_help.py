@@ -70,7 +70,7 @@ def add_rows(typingctx, out, column, weights, i, codes, at, half, G, m, bits):
 
     The numbers are the bytes from codes[at] on or, of 4 bits, their lower (half 0) or upper half.
     All arrays are contiguous. G, m and bits are constants, m a multiple of 8: so many at a time
-    stay in registers, each made a float once. (As loops in Python this took 1.3 times as long, and
+    stay in registers, each made a float once. (As loops of numba this took 1.3 times as long, and
     over twice with 4 bits: for all that a compiler knows, out and codes may overlap.)
     """
     n = types.int64
