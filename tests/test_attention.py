@@ -160,7 +160,7 @@ def test_some_rows_of_a_contiguous_cache(T):
     """cache_batch_idx: rows 3 and 1 of four. The others stay as they are."""
     torch.manual_seed(0)
     cache, rows = torch.randn(2, 4, 9, 2, 8), torch.tensor([3, 1], dtype=torch.int32)
-    q, k, v = (torch.randn(2, T, heads, 8) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, T, heads, 8) for heads in (6, 2, 2))
     places = {"cache_seqlens": torch.tensor([5, 0], dtype=torch.int32), "causal": True}
     chosen, got = cache[:, [3, 1]].clone(), cache.clone()
     expected = define(q, *chosen, k, v, **places)
@@ -192,7 +192,7 @@ def test_prompts_are_read_by_the_flash_kernel(dtype, stored):
 
 def test_attention_in_float16_does_not_overflow():
     """The mean of 8,192 values of 10; their sum would be beyond float16's 65,504."""
-    q, new = torch.zeros(1, 1, 4, 128).half(), torch.full((1, 1, 2, 128), 10).half()
+    q, new = torch.zeros(1, 1, 8, 128).half(), torch.full((1, 1, 2, 128), 10).half()
     pool = torch.full((2, 512, 16, 2, 128), 10).half()
     places = {"cache_seqlens": torch.tensor([8191], dtype=torch.int32)}
     places["block_table"] = torch.arange(512).view(1, 512).int()

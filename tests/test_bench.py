@@ -20,6 +20,7 @@ from test_kvcache import (
     TIERED,
     VIRTUAL,
     make_checkpoint,
+    parts_of,
     plain_forward,
     run,
 )
@@ -289,11 +290,8 @@ def test_logits_after_each_token_of_a_text(load, tiny):
     """Full attention, in any chunks, and policies with room for all of the text."""
     bench = load("quality").Bench("--model", str(tiny), *FLOAT32)
     tokens = bench.manual(90)
-    params = json.loads((tiny / "params.json").read_text())
-    w = torch.load(tiny / "consolidated.00.pth", weights_only=True)
     full, cache = bench.logits(tokens)
-    for n in (1, 50, 90):
-        close(full[n - 1], plain_forward(params, w, tokens[:n]), rtol=1e-3, atol=1e-3)
+    close(full, plain_forward(*parts_of(tiny), tokens), rtol=1e-3, atol=1e-3)
     assert cache.usage()[1] == 90
     for policy in ({}, {"sink": 16, "window": 90}, {"sink": 16, "window": 20, "top_k": 80}):
         logits, cache = bench.logits(tokens, 7, **policy)

@@ -13,6 +13,7 @@ from test_kvcache import (
     SCRIPTS,
     admit_greedily,
     answers,
+    assert_plain,
     make_checkpoint,
     meta_frequencies,
     plain_generate,
@@ -28,7 +29,7 @@ def test_many_preemptions(tmp_path, tiny):
     budget = ["--kv-gb", 80 * BYTES_PER_TOKEN / 1e9]
     result = run(PAGED, tiny, tmp_path, texts, "--max-new-tokens", 60, "--block-size", 3, *budget)
     assert result["preemptions"] > 20
-    assert answers(result) == [plain_generate(tiny, tiny_prompt(text), 60) for text in texts]
+    assert_plain(result, tiny, texts, 60)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
@@ -58,9 +59,10 @@ def test_naive_and_paged_on_smollm2(tmp_path, smollm2, monkeypatch):
         for text in (chat["begin"] + chat["user"], chat["end"] + chat["assistant"])
     )
     prompts = [before + encoding.encode_ordinary(text) + after for text in texts]
-    expected = [plain_generate(smollm2, prompt, limit, chat["stop"]) for prompt in prompts]
     options = ["--max-new-tokens", limit, "--kv-gb", 3]
-    assert answers(run(NAIVE, smollm2, tmp_path, texts, *options)) == expected
+    expected = answers(run(NAIVE, smollm2, tmp_path, texts, *options))
+    for prompt, answer in zip(prompts, expected, strict=True):
+        assert answer == plain_generate(smollm2, prompt, limit, chat["stop"], draft=answer)
     for block_size in (3, 16):
         result = run(PAGED, smollm2, tmp_path, texts, *options, "--block-size", block_size)
         assert answers(result) == expected

@@ -197,3 +197,23 @@ def test_temperature():
     draws = Counter(PAGED.choose(logits.expand(20000, 3), 2.0))
     for token, share in enumerate((logits[0] / 2).softmax(0).tolist()):
         assert draws[token] / 20000 == pytest.approx(share, abs=0.015)
+
+
+def test_manager_does_the_same_work_for_any_context_and_batch():
+    """Counts Python calls and torch operations of a step in which no row needs a block."""
+
+    def work(rows, context):
+        cache = PagedCache(rows * 501, 16, rows, 8016, (1, 1, 1), torch.float32, "cpu")
+        for _ in range(rows):
+            cache.admit([0] * context)
+        cache.advance({row: [0] * (context - 1) for row in range(rows)})
+        new, calls = {row: [0] for row in range(rows)}, Counter()
+        sys.setprofile(lambda frame, event, arg: calls.update([event]))
+        cache.can_grow()
+        cache.grow()
+        cache.tables(list(new))
+        cache.usage()
+        sys.setprofile(None)
+        return calls
+
+    assert work(8, 100) == work(512, 100) == work(8, 8000)

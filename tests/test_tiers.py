@@ -15,12 +15,12 @@ from test_kvcache import (
     PAGED,
     TIERED,
     answers,
+    assert_plain,
     make_checkpoint,
     plain_generate,
     record,
     run,
     text_of,
-    tiny_prompt,
 )
 
 
@@ -192,7 +192,7 @@ def test_a_preempted_request_computes_its_last_block_again_and_nothing_else(
     texts = [text_of(3 + n, seed=n) for n in range(12)]
     budget = ["--kv-gb", 80 * BYTES_PER_TOKEN / 1e9, "--block-size", 3]
     result = run(TIERED, tiny, tmp_path, texts, "--max-new-tokens", 60, *budget)
-    assert answers(result) == [plain_generate(tiny, tiny_prompt(text), 60) for text in texts]
+    assert_plain(result, tiny, texts, 60)
     once = sum(len(text) + 2 + 60 - 1 for text in texts)
     computed = sum(len(tokens) for (new,) in steps for tokens in new.values())
     assert result["preemptions"] > 10 and result["tiers"]["dropped"] == 0
@@ -265,7 +265,7 @@ def test_equal_prompts_in_one_step_share_blocks(tmp_path, tiny):
     text = text_of(62)
     options = ["--max-new-tokens", 5, "--block-size", 16]
     result = run(TIERED, tiny, tmp_path, [text] * 3, *options)
-    assert answers(result) == [plain_generate(tiny, tiny_prompt(text), 5)] * 3
+    assert_plain(result, tiny, [text] * 3, 5)
     # 64 tokens: two of three find three blocks, and the fourth block is each one's own.
     assert result["tiers"]["shared"] == 2 * 3
     assert result["kv"]["peak_reserved_bytes"] == (3 + 3 * 2) * 16 * BYTES_PER_TOKEN

@@ -1,6 +1,5 @@
 """Sink, window and retrieval, beside what test_kvcache.py says of their answers."""
 
-import json
 import math
 import random
 from itertools import product
@@ -16,6 +15,8 @@ from test_kvcache import (
     BYTES_PER_TOKEN,
     TIERED,
     answers,
+    assert_plain,
+    parts_of,
     plain_forward,
     plain_generate,
     run,
@@ -26,14 +27,14 @@ from test_kvcache import (
 
 def test_a_window_that_nothing_leaves_is_full_attention(tmp_path, tiny):
     texts = [text_of(n, seed=n) for n in (5, 30, 47)]
-    expected = [plain_generate(tiny, tiny_prompt(text), 20, {258}) for text in texts]
     for options in ([], ["--sink", 7], ["--top-k", 16]):
         result = run(
             TIERED, tiny, tmp_path, texts, "--window", 69, "--max-new-tokens", 20, *options
         )
-        assert answers(result) == expected and not result["tiers"]["dropped"]
+        assert_plain(result, tiny, texts, 20, {258})
+        assert not result["tiers"]["dropped"]
     short = run(TIERED, tiny, tmp_path, ["a"], "--window", 9, "--top-k", 9, "--max-new-tokens", 2)
-    assert answers(short) == [plain_generate(tiny, tiny_prompt("a"), 2, {258})]  # Under a block.
+    assert_plain(short, tiny, ["a"], 2, {258})  # Under a block.
 
 
 def test_a_window_takes_constant_memory(tmp_path, tiny):
@@ -223,26 +224,21 @@ def test_squeezed_positions(tmp_path, tiny, monkeypatch, block_size, sink, windo
     options += ["--max-new-tokens", limit, "--ignore-stop"]
     result = run(TIERED, tiny, tmp_path, texts, *options)
     assert result["tiers"]["spilled"] > 60 // block_size and not result["tiers"]["dropped"]
-    for text, answer in zip(texts, answers(result), strict=True):
-        prompt = tiny_prompt(text)
+    for prompt, answer in zip(map(tiny_prompt, texts), answers(result), strict=True):
         places = squeezed(len(prompt), sink, window, block_size, window, context)
-        assert answer == plain_generate(tiny, prompt, limit, (), places)
+        assert answer == plain_generate(tiny, prompt, limit, (), places, answer)
     logits.clear()
     (answer,) = answers(run(TIERED, tiny, tmp_path, texts[1:], *options))
-    prompt = tiny_prompt(texts[1])
-    places = squeezed(len(prompt), sink, window, block_size, window, context)
-    params = json.loads((tiny / "params.json").read_text())
-    w = torch.load(tiny / "consolidated.00.pth", weights_only=True)
-    for n in (0, 1, 20, limit - 1):
-        tokens = prompt + answer[:n]
-        expected = plain_forward(params, w, tokens, places(len(tokens)))
-        torch.testing.assert_close(logits[n - limit][0], expected, atol=2e-4, rtol=1e-4)
+    tokens = tiny_prompt(texts[1]) + answer[:-1]
+    key_at = squeezed(112, sink, window, block_size, window, context)(len(tokens))
+    expected = plain_forward(*parts_of(tiny), tokens, key_at)[-limit:]
+    torch.testing.assert_close(torch.cat(logits[-limit:]), expected, atol=2e-4, rtol=1e-4)
     large = ["--window", context - 12]
     with pytest.raises(SystemExit, match=f"takes all of the context's {context}"):
         run(TIERED, tiny, tmp_path, texts, *options, *large)
     text = text_of(context - limit - 2, seed=1)  # That is all of the context.
     result = run(TIERED, tiny, tmp_path, [text], *options, *large)
-    assert answers(result) == [plain_generate(tiny, tiny_prompt(text), limit)]
+    assert_plain(result, tiny, [text], limit)
     assert result["tiers"]["spilled"] >= (11 - sink) // block_size
 
 
