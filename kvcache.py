@@ -100,7 +100,7 @@ class PagedCache:
         self.n_owned[rows] += 1
 
     def can_admit(self, tokens):
-        # And one for each running row, or the first to grow might at once preempt who comes now.
+        # One more for each running row, or the first to grow might at once preempt who comes now.
         need = blocks_for(len(tokens), self.block_size) + int((self.n_owned > 0).sum())
         return need <= self.n_free()
 
@@ -130,10 +130,10 @@ class PagedCache:
 
     def advance(self, new):
         n_new = torch.tensor([len(tokens) for tokens in new.values()], dtype=torch.int32)
-        self.seq_len[torch.tensor(list(new))] += n_new
+        self.seq_len[list(new)] += n_new
 
     def usage(self):
-        """A block that rows share counts once. It is full: what is not used is in rows' own."""
+        """A block that rows share counts once. It is full: unused slots are in rows' own blocks."""
         reserved = (len(self.pool.ref_count) - self.n_free()) * self.block_size
         return reserved, reserved - int((self.n_owned * self.block_size - self.seq_len).sum())
 
@@ -146,10 +146,10 @@ class PagedCache:
 class WindowCache(PagedCache):
     """A PagedCache whose rows forget the middle: StreamingLLM (Xiao et al. 2023, section 3.2).
 
-    After each step a row evicts, behind its first `sink` blocks, each one that has no token less
-    than `window` before the next one. What is kept has consecutive positions (docs/window.svg):
-    in the window nothing changes for that, because a score depends on distance alone; the sink's
-    keys walk, rotated on by as many positions as have left.
+    After each step a row evicts, behind the sink, the blocks that lie wholly before the window: the
+    `window` tokens that end with the next one. What is kept has consecutive positions, since far
+    ones would be new to the model (docs/window.svg). A score depends on distance alone: the keys in
+    the window stay as they are, the sink's walk, rotated on by as many positions as have left.
     """
 
     def __init__(self, sink, window, chunk, rotate, *others):
@@ -168,7 +168,7 @@ class WindowCache(PagedCache):
         return self.row_blocks <= self.n_free()
 
     def admit(self, tokens):
-        # All it may ever need, so that it is never preempted: what its tokens saw would be gone.
+        # All it may ever need, so that it is never preempted: read again it would see other blocks.
         row = self.add_row(self.alloc(self.row_blocks), 0)
         self.n_evicted[row] = 0
         return row
@@ -210,9 +210,9 @@ class TieredCache(PagedCache):
         """n_dram: blocks in DRAM. The others are PagedCache's."""
         super().__init__(*others)
         self.store = DramStore(n_dram, self.kv.new_empty(self.kv.shape[:2] + self.kv.shape[3:]))
-        self.in_hbm = {}  # key: block, for all known ones. The cache counts as a user of each.
+        self.in_hbm = {}  # key: block, for all known ones. The cache is one of each block's users.
         self.idle = OrderedDict()  # The same for those that no row uses, least recently used first.
-        # Of each row: its text, and the keys of its blocks, also those that are yet to compute.
+        # Of each row its text and the keys of its blocks; and those keys that are yet to compute.
         self.texts, self.keys, self.computing = {}, {}, set()
         self.counts = Counter(shared=0, fetched=0, spilled=0, dropped=0)  # Blocks.
 
@@ -223,7 +223,7 @@ class TieredCache(PagedCache):
         while len(self.pool.free_ids) < n <= self.n_free():
             self.spill()
         if n:
-            self.store.wait()  # What is free may have been spilled just now: its copy comes first.
+            self.store.wait()  # What was there may still be on its way to DRAM: that comes first.
         return self.pool.alloc(n)
 
     def spill(self):
@@ -265,20 +265,20 @@ class TieredCache(PagedCache):
         self.pool.share(fetched)
         row = self.add_row([self.in_hbm[key] for key in found] + own, len(found) * self.block_size)
         self.texts[row], self.keys[row] = list(tokens), keys_of(tokens, self.block_size)
-        # (Behind a block that was dropped there may be known ones.)
+        # (Some may be known: only a block before them was dropped.)
         self.computing.update(set(self.keys[row][len(found) :]) - set(self.in_hbm))
         self.counts.update(shared=len(shared), fetched=len(absent))  # Adds these.
         return row
 
     def advance(self, new):
-        """Blocks that are full now get their keys: not sooner, or others might read them empty."""
+        """Blocks that are full now become known: not sooner, or others might read them empty."""
         for row, tokens in new.items():
             n, text = int(self.seq_len[row]), self.texts[row]
             text[n : n + len(tokens)] = tokens
             keys = self.keys[row] = keys_of(text, self.block_size, self.keys[row])
             for i in range(n // self.block_size, (n + len(tokens)) // self.block_size):
                 self.computing.discard(keys[i])
-                if keys[i] not in self.in_hbm:  # Or another row has computed the same text.
+                if keys[i] not in self.in_hbm:  # Else another row has computed the same.
                     self.store.forget(keys[i])
                     self.in_hbm[keys[i]] = block = int(self.block_table[row, i])
                     self.pool.share([block])
@@ -288,12 +288,12 @@ class TieredCache(PagedCache):
             self.spill()
 
     def release(self, row):
-        """Its known blocks become idle, the end of the text before its beginning."""
+        """Its known blocks become idle, the text's end first: nobody finds it without the rest."""
         keys, n_full = self.keys.pop(row), int(self.seq_len[row]) // self.block_size
         table = self.block_table[row, :n_full].tolist()
         super().release(row)
         del self.texts[row]
         self.computing.difference_update(keys[n_full:])
         for key, block in reversed(list(zip(keys, table, strict=False))):
-            if self.in_hbm.get(key) == block and self.pool.ref_count[block] == 1:
+            if self.in_hbm.get(key) == block and self.pool.ref_count[block] == 1:  # The cache.
                 self.idle[key] = block

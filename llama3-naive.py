@@ -51,7 +51,7 @@ def forward(model, new, first, attend):
     """Logits (B, vocab) after the last of each request's new tokens.
 
     new: a list of tokens for each, first: where in its text they begin. attend(layer, some, q, k,
-    v) stores the keys and values of some of the requests (a slice) and attends to all of theirs.
+    v) stores k and v of some of the requests (a slice); q attends to all that these have stored.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]

@@ -51,7 +51,7 @@ def forward(model, new, first, attend):
     """Logits (B, vocab) after the last of each request's new tokens.
 
     new: a list of tokens for each, first: where in its text they begin. attend(layer, some, q, k,
-    v) stores the keys and values of some of the requests (a slice) and attends to all of theirs.
+    v) stores k and v of some of the requests (a slice); q attends to all that these have stored.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
@@ -109,7 +109,7 @@ def generate(model, cache, requests, chat, args, stats):
         # Token t of what a row has is in slot t % block_size of block_table[row, t // block_size]:
         # there k and v are stored, from t = seq_len on, and there attention reads.
         places = {"cache_seqlens": seq_len[some], "block_table": block_table[some]}
-        if args.compress:  # Full blocks are in another form and table, but for each row's first.
+        if args.compress:  # Full blocks, but each row's first, are in a table of their own.
             return cache.attend(layer, q, k, v, **places)
         return flash_attn_with_kvcache(q, *cache.layer(layer), k, v, **places, causal=True)
 
@@ -153,8 +153,8 @@ def main(argv=None):
     model, encoding, chat = load(args)
     requests = read_requests(args, encoding, chat)
     stats = Stats(args, model[0])
-    size = block_size_for(args, 32)  # 16 waste half as much, but a step of 49 rows takes 3% longer.
-    longest = max(request.limit for request in requests) - 1  # The last token is never stored.
+    size = block_size_for(args, 32)  # 16 tokens waste half as much; but steps take 3% longer.
+    longest = max(request.limit for request in requests) - 1  # Nobody attends to the last token.
     paged = (stats.room // size, size, args.n, longest, stats.shape, stats.dtype, args.device)
     with or_exit(f"{stats.budget / 1e9:.2f} GB for the KV cache (--kv-gb) cannot be had"):
         cache = CompressedCache(args.compress, *paged) if args.compress else PagedCache(*paged)

@@ -3,9 +3,9 @@
     python llama3-tiered.py 49 --turns 3 --kv-gb 0.2            chats that outgrow HBM
     python llama3-tiered.py 4 --window 512 --sink 16            texts of any length
 
-Without a window, blocks outlive their requests. When HBM is full, those not used for longest move
-to DRAM; a later turn of the chat, a prompt that begins like another, and a preempted request find
-them in either tier, and only what is new is computed. Without CUDA, both tiers are pools in memory.
+Without a window, blocks outlive their requests. Before HBM is full, those unused for the longest
+time move to DRAM; a later turn of the chat, a prompt that begins like another, and a preempted
+request find them in either tier, and compute the rest. Without CUDA, both tiers are in memory.
 
 Not handled: checkpoints of more than one shard, several devices, top-p sampling.
 """
@@ -52,7 +52,7 @@ def forward(model, new, first, attend):
     """Logits (B, vocab) after the last of each request's new tokens.
 
     new: a list of tokens for each, first: where in its text they begin. attend(layer, some, q, k,
-    v) stores the keys and values of some of the requests (a slice) and attends to all of theirs.
+    v) stores k and v of some of the requests (a slice); q attends to all that these have stored.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
@@ -163,7 +163,7 @@ def make_cache(args, params, stats, longest):
     paged = (stats.room // size, size, args.n, longest, stats.shape, stats.dtype, args.device)
     if not args.window:
         return TieredCache(n_dram, *paged)
-    chunk = min(512, args.window)  # A prompt's tokens in a step. Nothing leaves within one.
+    chunk = min(512, args.window)  # A prompt's tokens in a step: blocks leave after it.
 
     def rotate(keys, by):
         """Keys (..., D) as they would be so many positions (...) further on, on the CPU."""
@@ -186,7 +186,7 @@ def main(argv=None):
     args.max_seq_len = 10**9 if endless else args.max_seq_len  # No limit on requests.
     model, encoding, chat = load(args)
     requests = read_requests(args, encoding, chat, args.turns)
-    # The last token is never stored.
+    # Nobody attends to the last token, which is not stored.
     longest = min(args.max_seq_len, max(request.longest(args) for request in requests)) - 1
     args.max_seq_len = longest + 1 if endless else args.max_seq_len
     chat["stop"] = set() if args.ignore_stop else chat["stop"]

@@ -52,7 +52,7 @@ def forward(model, new, first, attend):
     """Logits (B, vocab) after the last of each request's new tokens.
 
     new: a list of tokens for each, first: where in its text they begin. attend(layer, some, q, k,
-    v) stores the keys and values of some of the requests (a slice) and attends to all of theirs.
+    v) stores k and v of some of the requests (a slice); q attends to all that these have stored.
     """
     params, w = model
     H, Hkv, eps = params["n_heads"], params["n_kv_heads"], params["norm_eps"]
@@ -155,7 +155,7 @@ def main(argv=None):
     rows = (args.n, args.max_seq_len, stats.shape, stats.dtype, args.device)
     with or_exit(f"{args.n} rows of {args.max_seq_len} slots cannot be had"):
         cache = VirtualCache(stats.budget, page_bytes, *rows)
-    longest = max(request.limit for request in requests) - 1  # The last token is never stored.
+    longest = max(request.limit for request in requests) - 1  # Nobody attends to the last token.
     if not cache.can_admit(range(longest)):  # So many tokens, whichever they are.
         sys.exit(f"--kv-gb has too few pages for the {longest} tokens of a request.")
     try:

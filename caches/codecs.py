@@ -38,9 +38,11 @@ class Integers:
 
     def __init__(self, bits, shape, block_size, dtype):
         (L, Hkv, D), self.bits, self.dtype = shape, bits, dtype
-        self.decode = decode_packed if D % 8 == 0 and block_size in range(8, 257, 8) else None
-        self.rows = [(D, block_size), (block_size, D)]  # Of keys, of values: one scale, one zero.
-        self.bytes = [4 * rows + rows * m * bits // 8 for rows, m in self.rows]
+        reads = decode_packed and D % 8 == 0 and block_size in range(8, 257, 8)
+        self.decode = partial(decode_packed, bits) if reads else None
+        # Of keys, of values: (rows, m). A row has a scale and a zero.
+        self.shapes = [(D, block_size), (block_size, D)]
+        self.bytes = [4 * rows + rows * m * bits // 8 for rows, m in self.shapes]
         self.parts = {"block": part(torch.uint8, L, Hkv, sum(self.bytes))}
 
     def encode(self, kv):
@@ -51,7 +53,7 @@ class Integers:
             scale = ((high - low) / (2**self.bits - 1)).clamp(min=2**-24).half()
             codes = (x - low.half()).div_(scale).round_().clamp_(0, 2**self.bits - 1)
             codes = codes.byte().flatten(3)
-            if self.bits == 4:  # Of a byte, the lower half is from the first half of all rows.
+            if self.bits == 4:  # Lower 4 bits: the first half of the rows.
                 first, second = codes.chunk(2, 3)
                 codes = first + 16 * second
             floats = torch.cat([scale, low.half()], 3).flatten(3)
@@ -61,7 +63,7 @@ class Integers:
     def restore(self, parts, ids, layer):
         restored = []
         encoded = parts["block"][ids, layer].split(self.bytes, 2)
-        for x, (rows, m) in zip(encoded, self.rows, strict=True):
+        for x, (rows, m) in zip(encoded, self.shapes, strict=True):
             scale, zero = x[..., : 4 * rows].view(torch.half).float().unsqueeze(3).chunk(2, 2)
             codes = x[..., 4 * rows :]
             if self.bits == 4:
@@ -100,7 +102,8 @@ class MiniCache:
         length = pairs.norm(dim=6, keepdim=True)  # (n, pairs, 2, 2, Hkv, block_size, 1)
         a, b = (pairs / length.clamp(min=1e-9)).unbind(2)  # (n, pairs, 2, Hkv, block_size, D)
         cosine = (a * b).sum(5, keepdim=True)
-        angle = cosine.acos().nan_to_num().clamp(1e-3, math.pi - 1e-3)  # Or it would divide by 0.
+        # Rounding may take a cosine past 1, and an angle of 0 would be divided by.
+        angle = cosine.clamp(-1, 1).acos().clamp(1e-3, math.pi - 1e-3)
         direction = ((1 - self.T) * angle).sin() * a + (self.T * angle).sin() * b
         which = cosine.topk(self.n_kept, 4, largest=False).indices
         index = which.unsqueeze(2).expand(-1, -1, 2, -1, -1, -1, pairs.shape[6])

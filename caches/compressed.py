@@ -96,7 +96,7 @@ class CompressedCache(PagedCache):
     def can_admit(self, tokens):
         """False, too, while a step's worth of prompts waits to be read: they take the most room."""
         unread = int(self.n_owned[self.positions() == 0].sum()) * self.block_size
-        # To grow, a row takes a block and has another one compressed, unless that is its first.
+        # To grow, a row takes a block and has the one before compressed, unless that is its first.
         beside = torch.where(self.n_owned > 1, self.packed_bytes, self.block_bytes)
         need = blocks_for(len(tokens), self.block_size) * self.block_bytes
         need += int(beside[self.n_owned > 0].sum())
@@ -106,7 +106,8 @@ class CompressedCache(PagedCache):
         return self.seq_len + self.n_packed * self.block_size
 
     def tables(self, rows):
-        """Of rows: (B, 2) tokens in full precision, compressed blocks; tables (B, 2, width)."""
+        """Lengths (B, 2) of rows: tokens in full precision, compressed blocks; both tables (B, 2,
+        width)."""
         rows = torch.tensor(rows)
         width = max(int(self.n_owned[rows].max()), int(self.n_packed[rows].max()))
         lengths = torch.stack([self.seq_len[rows], self.n_packed[rows]], 1)
@@ -114,7 +115,7 @@ class CompressedCache(PagedCache):
         return lengths.to(self.memory.device), tables
 
     def attend(self, layer, q, k, v, cache_seqlens, block_table):
-        """flash_attn_with_kvcache() over all blocks of rows, of which tables() has said where."""
+        """flash_attn_with_kvcache() over all blocks of some rows; lengths and tables: tables()'."""
         seq_len, n_packed = cache_seqlens.unbind(1)
         table, packed = block_table.unbind(1)
         if q.shape[1] == 1 and self.codec.decode and attention.can_decode(q):
@@ -130,16 +131,16 @@ class CompressedCache(PagedCache):
         out = torch.empty_like(q)
         for i, n in enumerate(n_packed.tolist()):
             one, stored = slice(i, i + 1), int(seq_len[i])
-            own = table[i, : blocks_for(stored + q.shape[1], self.block_size)]
+            ids = table[i, : blocks_for(stored + q.shape[1], self.block_size)]
             restored = self.codec.restore(self.parts, packed[i, :n], layer)
-            blocks = torch.cat([restored, self.kv[layer][:, own]], 1)  # (2, n, Hkv, block_size, D)
+            blocks = torch.cat([restored, self.kv[layer][:, ids]], 1)  # (2, n, Hkv, block_size, D)
             numbers = torch.arange(blocks.shape[1], dtype=torch.int32, device=q.device)
             length = seq_len[one] + n * self.block_size
             places = {"cache_seqlens": length, "block_table": numbers[None]}
             out[one] = attention.flash_attn_with_kvcache(
                 q[one], *blocks.transpose(2, 3), k[one], v[one], **places, causal=True
             )
-            self.kv[layer][:, own] = blocks[:, n:]  # With what is new.
+            self.kv[layer][:, ids] = blocks[:, n:]  # With what is new.
         return out
 
     def advance(self, new):

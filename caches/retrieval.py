@@ -1,7 +1,8 @@
 """What leaves the window comes back: top-k blocks out of DRAM, as the queries want them.
 
 Throughout this file
-    T  new tokens of a request in this step      H    query heads
+    T  new tokens of a request in this step,     H    query heads
+       or queries of a key head
     L  layers                                    Hkv  key and value heads, H / Hkv share one
     n  blocks that have left the window          D    size of a head
 """
@@ -56,9 +57,9 @@ class Away:
         # Which block is in which slot, {number: slot}, differs from layer to layer. The least
         # recently used first.
         self.held = [OrderedDict() for _ in range(n_layers)]
-        # How many tokens had left, if more than `reach`, when those that are back were last moved:
-        # up to a chunk fewer than now, or all would have to come again whenever a block leaves.
-        self.frame = 0
+        # How many tokens had left when the blocks that are back were last squeezed; 0: not yet. It
+        # lags by up to a chunk, or all would have to come again whenever a block leaves.
+        self.squeezed_at = 0
 
 
 class RetrievalCache(WindowCache):
@@ -79,12 +80,12 @@ class RetrievalCache(WindowCache):
     def __init__(self, n_dram, top_k, context, sink, window, chunk, rotate, *others):
         """n_dram: blocks in DRAM; top_k: tokens that come back; context: the most that the model
         was trained on. The others as WindowCache's."""
-        max_seq_len = others[3]
+        _, _, _, max_seq_len, *_ = others
         fits = max_seq_len <= context
         super().__init__(sink, window, chunk, (lambda keys, by: keys) if fits else rotate, *others)
         size, (max_rows, width) = self.block_size, self.block_table.shape
-        # Sink and window need room, too, and a block half out of it, a chunk that is read, and one
-        # by which `frame` lags. A quarter will do: near the context's end SmolLM2 finds less.
+        # Sink, a block half out of the window, the window, a chunk that is read, and one by which
+        # squeezed_at lags need room, too. A quarter will do: near the end SmolLM2 finds less.
         rest = context - (self.sink + 1) * size - window - 2 * chunk
         self.reach = max_seq_len if fits else min(context // 4, rest)
         if not fits and self.reach < size:
@@ -97,12 +98,12 @@ class RetrievalCache(WindowCache):
         L, _, _, Hkv, _, D = self.kv.shape
         room = (min(max_rows, n_rooms), L, 2, Hkv, self.n_far)
         self.dram = torch.empty(*room, size, D, dtype=self.kv.dtype)
-        self.bounds = torch.empty(*room, D, dtype=self.kv.dtype)
+        self.bounds = torch.empty(*room, D, dtype=self.kv.dtype)  # 2: bounds_of(keys)
         self.away = {}  # Of each row.
         self.counts = Counter(shared=0, fetched=0, spilled=0, dropped=0)  # Blocks.
 
     def can_admit(self, tokens):
-        # Rows are numbered from 0 on, as few as there can be: a row's number is its room's.
+        # A new row has the lowest number that is free, which is also its room's in `dram`.
         return self.row_blocks + self.top_k <= self.n_free() and len(self.away) < len(self.dram)
 
     def admit(self, tokens):
@@ -121,17 +122,17 @@ class RetrievalCache(WindowCache):
         self.bounds[row, :, :, :, new] = bounds_of(blocks[:, 0]).transpose(0, 1)
         away.n += n
         super().evict(row, n)
-        self.counts.update(spilled=n, dropped=-n)  # Not lost, as WindowCache.evict() counts.
-        if self.n_evicted[row] - max(away.frame, self.reach) > self.chunk:
-            away.frame = int(self.n_evicted[row])
+        self.counts.update(spilled=n, dropped=-n)  # Which undoes WindowCache's.
+        if self.n_evicted[row] - max(away.squeezed_at, self.reach) > self.chunk:
+            away.squeezed_at = int(self.n_evicted[row])
             away.held = [OrderedDict() for _ in away.held]  # What is back moves: it comes again.
 
     def starts(self, row, numbers):
         """The positions (n, 1) at which these blocks begin when they are back."""
-        frame, size = self.away[row].frame, self.block_size
+        n_left, size = self.away[row].squeezed_at, self.block_size
         starts = torch.tensor(numbers)[:, None] * size  # Behind the sink.
-        if frame > self.reach:
-            starts = frame - self.reach + starts * (self.reach - size) // frame
+        if n_left:
+            starts = n_left - self.reach + starts * (self.reach - size) // n_left
         return self.sink * size + starts
 
     def choose(self, layer, row, q):
@@ -139,7 +140,7 @@ class RetrievalCache(WindowCache):
         away, Hkv = self.away[row], self.kv.shape[3]
         if away.n <= self.top_k:
             return range(away.n)
-        # Where blocks in DRAM begin at 0, all are scored as if they stood where the window begins.
+        # Blocks in DRAM begin at 0 (if not `fits`): scored as if at n_evicted, near the window.
         q = self.rotate(q[-32:].cpu(), -self.n_evicted[[row]]).float() * q.shape[2] ** -0.5
         q = q.unflatten(1, (Hkv, -1)).transpose(0, 1).flatten(1, 2)  # (Hkv, T H / Hkv, D)
         bounds = self.bounds[row, layer, :, :, : away.n]
@@ -160,9 +161,8 @@ class RetrievalCache(WindowCache):
             blocks[0] = self.rotate(blocks[0], self.starts(row, absent))
             slots = [held[number] for number in absent]
             self.kv[layer][:, slots] = blocks.transpose(1, 2).to(self.kv.device)
-        L = len(self.kv)  # Counted in blocks of all layers; shared: hits, fetched: misses.
-        self.counts["fetched"] += len(absent) / L
-        self.counts["shared"] += (len(numbers) - len(absent)) / L
+        L, n = len(self.kv), len(absent)  # In blocks of all layers; shared: hits, fetched: misses.
+        self.counts.update(shared=(len(numbers) - n) / L, fetched=n / L)
         return [held[number] for number in numbers]
 
     def retrieve(self, layer, rows, q, cache_seqlens, block_table):

@@ -6,7 +6,7 @@ of it, by calls to the operating system or, on a GPU, to the CUDA driver: see su
 
 import torch
 
-from kvcache import blocks_for
+from kvcache import PagedCache, blocks_for
 from support.pages import CudaPages, HostPages
 
 
@@ -31,8 +31,8 @@ class VirtualCache:
         self.n_pages, self.row_pages = budget // page_bytes, self.pages_for(max_seq_len)
         size = (max_rows * self.row_pages, page_bytes)
         self.pages = CudaPages(*size, self.n_pages) if device == "cuda" else HostPages(*size)
-        rows, slots = self.pages.bytes.view(max_rows, -1), (max_seq_len, L, 2, Hkv, D)
-        slots = rows[:, : max_seq_len * self.token_bytes].view(dtype).unflatten(1, slots)
+        rows, of_row = self.pages.bytes.view(max_rows, -1), (max_seq_len, L, 2, Hkv, D)
+        slots = rows[:, : max_seq_len * self.token_bytes].view(dtype).unflatten(1, of_row)
         self.kv = slots.permute(3, 2, 0, 1, 4, 5)  # (2, L, max_rows, max_seq_len, Hkv, D)
         self.n_mapped, self.n_needed = [0] * max_rows, [0] * max_rows
         self.idle = list(range(max_rows))  # Rows without a request, first those idle for longest.
@@ -68,7 +68,7 @@ class VirtualCache:
             self.n_mapped[row] = n
 
     def reclaim(self, n):
-        """Unmap n pages that no request needs, of idle rows before those with some to spare."""
+        """Unmap n pages, if any, that no request needs: of idle rows, then of those with spare."""
         for row in (*self.idle, *range(len(self.n_needed))):
             if (some := min(n, self.n_mapped[row] - self.n_needed[row])) > 0:
                 self.n_mapped[row] -= some
@@ -92,8 +92,7 @@ class VirtualCache:
         self.need(row, self.pages_for(len(tokens)))
         return row
 
-    def positions(self):
-        return self.seq_len
+    positions, advance = PagedCache.positions, PagedCache.advance  # For these seq_len is enough.
 
     def tables(self, rows):
         """seq_len (B,) and the numbers (B,) of a list of rows: there is no table."""
@@ -103,10 +102,6 @@ class VirtualCache:
     def layer(self, i):
         """k_cache and v_cache of a layer, (max_rows, max_seq_len, Hkv, D) each."""
         return self.kv[0, i], self.kv[1, i]
-
-    def advance(self, new):
-        n_new = torch.tensor([len(tokens) for tokens in new.values()], dtype=torch.int32)
-        self.seq_len[list(new)] += n_new
 
     def usage(self):
         """Slots that the pages of all requests have room for, and slots that hold a token."""

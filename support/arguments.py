@@ -77,11 +77,7 @@ def block_size_for(args, usual):
 def run(main):
     """Run a script. Ctrl-C and `kill` end it with the answers so far, `| head` when it has seen
     enough; none of them with a traceback."""
-
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # It raises KeyboardInterrupt.
     try:
         main()
     except (KeyboardInterrupt, BrokenPipeError):

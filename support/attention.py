@@ -40,9 +40,10 @@ def flash_attn_with_kvcache(
 ):  # fmt: skip
     """Attention of q (B, T, H, D) over cached keys and values, as flash-attn 2 defines it.
 
-    k, v (B, T, Hkv, D) are stored first, behind the cache_seqlens (B,) tokens that each row has in
-    k_cache, v_cache: (rows, slots, Hkv, D), of which row i is that of request i, or cache_batch_idx
-    (B,) says which; or (n_blocks, block_size, Hkv, D) with a block_table (B, width). All int32.
+    k, v (B, T, Hkv, D) are stored first, behind the cache_seqlens (B,) tokens that each request has
+    in k_cache and v_cache. These are (rows, slots, Hkv, D), and request i has row i, or the row
+    cache_batch_idx (B,) names; or they are (n_blocks, block_size, Hkv, D), and request i has the
+    blocks of block_table (B, width) in row i. All int32.
     causal: the last query sees all keys, the one before it all but the last, and so on. Each row
     has at least one key, and at least T if causal. Returns (B, T, H, D).
     """
@@ -97,7 +98,7 @@ def by_definition(q, k_cache, v_cache, k, v, cache_seqlens, block_table, causal)
 
 
 def read_prompts(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
-    """The same for several new tokens a row, causal, by PyTorch's flash kernel."""
+    """The same for several new tokens a row, causal: on a CPU, PyTorch's flash kernel."""
     T, out = q.shape[1], torch.empty_like(q)
     for row, stored in enumerate(cache_seqlens.tolist()):
         keys, values = k[row], v[row]
@@ -107,9 +108,9 @@ def read_prompts(q, k_cache, v_cache, k, v, cache_seqlens, block_table):
         mask = {"is_causal": True}
         if stored:  # More keys than queries: is_causal would let query t see keys 0 .. t only.
             keys, values = k_cache[block, slot], v_cache[block, slot]
-            all_seen = torch.ones(T, stored + T, dtype=torch.bool, device=q.device)
-            mask = {"attn_mask": all_seen.tril(stored)}
-        heads_first = (x.transpose(0, 1)[None] for x in (q[row], keys, values))  # (1, H, T, D)
+            ones = torch.ones(T, stored + T, dtype=torch.bool, device=q.device)
+            mask = {"attn_mask": ones.tril(stored)}
+        heads_first = (x.transpose(0, 1)[None] for x in (q[row], keys, values))  # q: (1, H, T, D)
         attended = F.scaled_dot_product_attention(*heads_first, **mask, enable_gqa=True)
         out[row] = attended[0].transpose(0, 1)
     return out

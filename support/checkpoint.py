@@ -58,14 +58,15 @@ def load(args):
         w = {name: weight.to(*to) for name, weight in w.items()}
         for i in range(params["n_layers"]):
             for name in ("attention.wqkv", "feed_forward.w13"):
-                module, parts = name.split(".w")
+                module, parts = name.split(".w")  # attention, qkv
                 matrices = [w.pop(f"layers.{i}.{module}.w{part}") for part in parts]
                 w[f"layers.{i}.{name}"] = torch.cat(matrices)
         for name in w:
             if w[name].dim() == 2 and name != "tok_embeddings":
                 w[name] = pack(w[name])
         # The small models of Llama 3.2 have no output matrix: they use the embeddings.
-        w.setdefault("output", pack(w["tok_embeddings"]))
+        if "output" not in w:
+            w["output"] = pack(w["tok_embeddings"])
     with or_exit(f"{args.model / 'tokenizer.model'} does not belong to this checkpoint"):
         # A checkpoint whose tokenizer or chats are not Llama 3's says so in params.json.
         chat = params.get("chat") or json.loads((MODELS / "llama3-chat.json").read_text())
@@ -132,7 +133,7 @@ def multiplies_bfloat16():
     """Whether this CPU has instructions for that, and oneDNN to use them."""
     if not torch.backends.mkldnn.is_available():
         return False
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # oneDNN emulates them, slowly.
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # Else oneDNN emulates.
         return torch.cpu._is_avx512_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -35,8 +35,8 @@ AHEAD = 16
 
 @njit(inline="always")
 def places(table, n, size, strides, h):
-    """Where the n tokens of a row lie in k_cache and v_cache, flattened; and the last one once more
-    for what looks ahead. strides: of blocks, slots and heads."""
+    """Where the n tokens of a row lie in k_cache and v_cache, flattened; and the last one again for
+    what looks AHEAD. strides: of blocks, slots and heads."""
     block_stride, slot_stride, head_stride = strides
     at = np.empty(n + AHEAD, np.int64)
     for i in range(-(-n // size)):

@@ -39,7 +39,8 @@ class DramStore:
         self.blocks = torch.empty(n_blocks, *block.shape, dtype=block.dtype)
         self.free_ids, self.ids = list(range(n_blocks)), OrderedDict()  # key: id
         self.stream = None
-        if block.is_cuda and n_blocks:  # pin_memory=True would round the size up to a power of two.
+        if block.is_cuda and n_blocks:
+            # pin_memory=True would round the size up to a power of two.
             register = torch.cuda.cudart().cudaHostRegister
             torch.cuda.check_error(register(self.blocks.data_ptr(), self.blocks.nbytes, 0))
             self.stream = torch.cuda.Stream()

@@ -13,7 +13,7 @@ os.environ.setdefault("NUMBA_THREADING_LAYER_PRIORITY", "omp tbb workqueue")
 
 from llvmlite import ir
 from numba import njit, types
-from numba import prange as prange  # Loops have it from here, or numba came before the line above.
+from numba import prange as prange  # From here for all, so that the line above comes first.
 from numba.extending import intrinsic
 
 
@@ -78,9 +78,10 @@ def add_rows(typingctx, out, column, weights, i, codes, at, half, G, m, bits):
     G, m, bits = (constant.literal_value for constant in (G, m, bits))
 
     def codegen(context, builder, signature, args):
-        arrays = list(zip(signature.args, args, strict=True))[:5:2]
-        out, weights, codes = (context.make_array(kind)(context, builder, x) for kind, x in arrays)
-        _, column, _, i, _, at, half, *_ = args
+        column, i, at, half = args[1], args[3], args[5], args[6]
+        out, weights, codes = (
+            context.make_array(signature.args[x])(context, builder, args[x]) for x in (0, 2, 4)
+        )
 
         def place(array, row, x):  # Of array[row, x].
             first = builder.mul(builder.extract_value(array.shape, 1), LONG(row))
@@ -134,7 +135,7 @@ def power_of_2(x):
 
 @njit(fastmath=True, error_model="numpy")
 def softmax(scores):
-    """Turn scores (n,), in bits, into weights that add up to 1."""
+    """Turn scores (n,), logarithms to base 2, into weights that add up to 1."""
     highest, total = scores[0], np.float32(0)
     for score in scores:
         highest = max(highest, score)
@@ -148,8 +149,8 @@ def softmax(scores):
 def compile_once(loop, name, signature):
     """The loop as machine code for this signature, and for the next process on disk."""
     # numba keeps an index for each name. One that several processes write for different loops
-    # would mix them up: each loop has a name of its own. Nor does it see that one of these files
-    # has changed, of which loops call functions.
+    # would mix them up: each loop has a name of its own. Nor does it see changes in these files,
+    # whose functions loops call.
     files = Path(__file__), Path(__file__).with_name("cpu_kernels.py")
     loop.__qualname__ += f"-{name}-{zlib.crc32(b''.join(file.read_bytes() for file in files)):x}"
     options = {"parallel": True, "fastmath": True, "error_model": "numpy"}

@@ -12,8 +12,8 @@ that is done with a block's numbers is two products of a few rows with them:
     scores (G, tokens) += scaled queries (G, D) @ keys (D, tokens)
     result (G, D)      += scaled weights (G, tokens) @ values (tokens, D)
 
-Keys lie channel by channel for it: then no product adds up what is side by side in a register. A
-block is one piece for each head, keys and then values, and each of these
+Keys lie channel by channel for it: then no sum runs across a register. A block is one piece for
+each head, keys and then values, and each of these
     scale x rows, zero x rows (16 bits each), numbers (rows, m), of 4 bits two in a byte
 """
 
@@ -58,9 +58,9 @@ def compiled(dtype, bits, D, G, size):
 
     D and size are multiples of 8, and not too large: add_rows() writes out what it does.
     """
-    values = 4 * D + D * size * bits // 8  # They begin there, keys at 0.
+    values_at = 4 * D + D * size * bits // 8  # They begin there, keys at 0.
 
-    # block: all that lies from a layer's first block on.
+    # block: all that lies from a layer's first block on. _: size, once more.
     def loop(
         q, k, v, k_cache, v_cache, seq_len, block_table, _, strides, out,
         block, floats, table, n_blocks, block_strides,
@@ -84,7 +84,7 @@ def compiled(dtype, bits, D, G, size):
                 softmax(weights[g])
             result = out[row, h * G : (h + 1) * G]  # Zeros so far.
             for i in range(n):
-                at, ahead = blocks[i] + values, blocks[i + 1] - blocks[i]
+                at, ahead = blocks[i] + values_at, blocks[i + 1] - blocks[i]
                 add_product(
                     result, 0, weights, i * size, scaled, block, floats, at, ahead, size, D, G, bits
                 )
@@ -94,12 +94,12 @@ def compiled(dtype, bits, D, G, size):
     return compile_once(loop, f"{dtype}-{bits}-{D}-{G}-{size}", f"({types})")
 
 
-def decode_packed(q, own, block, n_blocks, table):
-    """decode(q, *own) of rows with n_blocks (B,) compressed blocks, too, which are in the rooms
-    table (B, width) of block (rooms, Hkv, bytes), those of a layer. (See Integers)
+def decode_packed(bits, q, own, block, n_blocks, table):
+    """decode(q, *own) for rows that have compressed blocks, too: n_blocks (B,), in the rooms table
+    (B, width) of a layer's block (rooms, Hkv, bytes). (See Integers)
     """
     (B, _, H, D), size, Hkv = q.shape, own[0].shape[1], block.shape[1]
-    bits, out = 4 * (block.shape[2] - 4 * (D + size)) // (size * D), torch.zeros(B, H, D)
+    out = torch.zeros(B, H, D)
     tensors = (out, flat(block), flat(block).view(torch.int16), table, n_blocks)
     run = compiled(q.dtype, bits, D, H // Hkv, size)
     run(*arguments(q, *own), *(x.numpy() for x in tensors), (block.stride(0), 0, block.stride(1)))

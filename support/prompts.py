@@ -136,12 +136,10 @@ def next_tokens(running, positions, chunk=1024):
     """The new tokens of a step: {row: list of tokens}. Prompts first.
 
     While a prompt is not read to its end, a step reads prompts, 1,024 tokens in all and `chunk` of
-    a row at most, and rows that have but one token to go on from wait. running: {row: request};
-    positions: where in its text each row goes on. (The order of vLLM's first scheduler)
+    a row at most, and rows with a single new token wait. running: {row: request}; positions: where
+    in its text each row goes on. (The order of vLLM's first scheduler)
     """
-    unread = {}
-    for row, request in running.items():
-        unread[row] = request.tokens[positions[row] : positions[row] + chunk]
+    unread = {row: r.tokens[positions[row] :][:chunk] for row, r in running.items()}
     new, n = {}, 0
     for row, tokens in unread.items():
         if len(tokens) > 1 and n + len(tokens) <= 1024:

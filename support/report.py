@@ -99,7 +99,7 @@ class Stats:
 
     def memory(self):
         """Bytes at the step where most is reserved, and of these the one where most is used."""
-        *_, reserved, used = max(self.samples, key=lambda s: s[3:], default=(0, 0))
+        *_, reserved, used = max(self.samples, key=lambda s: (s.reserved, s.used), default=(0, 0))
         waste = [1 - s.used / s.reserved for s in self.samples if s.reserved] or [0]
         return {
             "bytes_per_token": self.bytes_per_token, "budget_bytes": self.budget,

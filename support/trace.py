@@ -47,7 +47,7 @@ def rows(n_cells, n_slots, batch, seq_len, live):
     """llama3-naive.py: rows of n_slots. The tokens of a request that has ended are of no use."""
     cells = {}
     for row, (request, n) in enumerate(zip(batch, seq_len.tolist(), strict=True)):
-        cells[row] = request.place[0], n if row in live else 0
+        cells[row] = request.place[0], (n if row in live else 0)
     return {"HBM": (n_cells, n_slots, cells)}
 
 
@@ -98,10 +98,9 @@ def tiers(cache, running, waiting):
         dram.update(dict.fromkeys(cache.store.ids.values(), (None, KEPT)))
         for request in waiting:
             for key in cache.lookup(request.tokens):
-                cells = hbm if key in cache.in_hbm else dram
-                place = cache.in_hbm.get(key, cache.store.ids.get(key))
-                owner, tokens = cells[place]
+                cells, ids = (hbm, cache.in_hbm) if key in cache.in_hbm else (dram, cache.store.ids)
+                owner, tokens = cells[ids[key]]
                 if tokens == KEPT:
-                    cells[place] = request.place[0] if owner is None else SHARED, KEPT
+                    cells[ids[key]] = (request.place[0] if owner is None else SHARED), KEPT
         found["DRAM"] = (len(cache.store.blocks), size, dram)
     return found
