@@ -108,6 +108,18 @@ def test_minicache_by_its_formulas():
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
+def test_minicache_of_opposite_directions():
+    """Rounding takes some cosines below -1. The limit of the formula at pi is -cos(0.4 pi)."""
+    torch.manual_seed(0)
+    kv = torch.randn(1, 4, 2, 2, 64, 8)
+    kv[:, 3] = -kv[:, 2]
+    units = kv[:, 2] / kv[:, 2].norm(dim=4, keepdim=True)
+    assert ((units * -units).sum(4) < -1).any()
+    direction = MiniCache(SHAPE, 64, torch.float32).encode(kv)["direction"][:, 0]
+    expected = -math.cos(0.4 * math.pi) * units
+    torch.testing.assert_close(direction, expected, rtol=0, atol=0.01)
+
+
 def test_what_a_block_takes():
     """Of its bytes in bfloat16, at 32 tokens, with SmolLM2's shape, without the tables."""
     cache = {
