@@ -33,6 +33,14 @@ def test_many_preemptions(tmp_path, tiny):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
+def test_prompts_that_take_several_steps(tmp_path, tiny, script):
+    """Of all of a step's 1,024 tokens, of one more, and of two steps and a part; two equal ones."""
+    texts = [text_of(n - 2, seed=n) for n in (1024, 1025, 2100, 2100, 30)]
+    result = run(script, tiny, tmp_path, texts, "--max-new-tokens", 4)
+    assert_plain(result, tiny, texts, 4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 def test_stop_tokens(tmp_path, tiny, script):
     """Answers that a stop token ends at once, on a block boundary and beside it, and limits."""
     texts = [text_of(n, seed=n) for n in (9, 10, 11, 12)]
