@@ -295,5 +295,5 @@ class TieredCache(PagedCache):
         del self.texts[row]
         self.computing.difference_update(keys[n_full:])
         for key, block in reversed(list(zip(keys, table, strict=False))):
-            if self.in_hbm.get(key) == block and self.pool.ref_count[block] == 1:  # The cache.
+            if self.in_hbm.get(key) == block and self.pool.ref_count[block] == 1:  # The cache only.
                 self.idle[key] = block

@@ -100,7 +100,7 @@ def meta_frequencies(params):
     return torch.tensor(result, dtype=torch.float64)
 
 
-def parts_of(folder):
+def read_checkpoint(folder):
     """A checkpoint's params.json, and its weights in float32."""
     w = torch.load(folder / "consolidated.00.pth", weights_only=True)
     return json.loads((folder / "params.json").read_text()), {n: x.float() for n, x in w.items()}
@@ -111,7 +111,7 @@ def plain_generate(folder, prompt, limit, stop=(), places=None, draft=()):
 
     draft: what the answer may be. As far as it is, one pass finds it, and else one pass a token.
     """
-    params, w = parts_of(folder)
+    params, w = read_checkpoint(folder)
     answer, read = [], [*prompt, *draft]
     while True:
         logits = plain_forward(params, w, read, places and places(len(read)))
@@ -548,7 +548,7 @@ def test_sink_and_window_equal_recomputed_attention(
     (answer,) = answers(run(TIERED, tiny, tmp_path, texts[1:2], *options))
     tokens = tiny_prompt(texts[1]) + answer[:-1]
     key_at = in_window(40, sink, window, block_size)(len(tokens))
-    expected = plain_forward(*parts_of(tiny), tokens, key_at)[-limit:]
+    expected = plain_forward(*read_checkpoint(tiny), tokens, key_at)[-limit:]
     torch.testing.assert_close(torch.cat(logits[-limit:]), expected, atol=2e-4, rtol=1e-4)
 
 

@@ -133,7 +133,7 @@ def multiplies_bfloat16():
     """Whether this CPU has instructions for that, and oneDNN to use them."""
     if not torch.backends.mkldnn.is_available():
         return False
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # Else oneDNN emulates.
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # Or oneDNN emulates them.
         return torch.cpu._is_avx512_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -20,8 +20,8 @@ from test_kvcache import (
     TIERED,
     VIRTUAL,
     make_checkpoint,
-    parts_of,
     plain_forward,
+    read_checkpoint,
     run,
 )
 
@@ -291,7 +291,7 @@ def test_logits_after_each_token_of_a_text(load, tiny):
     bench = load("quality").Bench("--model", str(tiny), *FLOAT32)
     tokens = bench.manual(90)
     full, cache = bench.logits(tokens)
-    close(full, plain_forward(*parts_of(tiny), tokens), rtol=1e-3, atol=1e-3)
+    close(full, plain_forward(*read_checkpoint(tiny), tokens), rtol=1e-3, atol=1e-3)
     assert cache.usage()[1] == 90
     for policy in ({}, {"sink": 16, "window": 90}, {"sink": 16, "window": 20, "top_k": 80}):
         logits, cache = bench.logits(tokens, 7, **policy)

@@ -16,9 +16,9 @@ from test_kvcache import (
     TIERED,
     answers,
     assert_plain,
-    parts_of,
     plain_forward,
     plain_generate,
+    read_checkpoint,
     run,
     text_of,
     tiny_prompt,
@@ -231,7 +231,7 @@ def test_squeezed_positions(tmp_path, tiny, monkeypatch, block_size, sink, windo
     (answer,) = answers(run(TIERED, tiny, tmp_path, texts[1:], *options))
     tokens = tiny_prompt(texts[1]) + answer[:-1]
     key_at = squeezed(112, sink, window, block_size, window, context)(len(tokens))
-    expected = plain_forward(*parts_of(tiny), tokens, key_at)[-limit:]
+    expected = plain_forward(*read_checkpoint(tiny), tokens, key_at)[-limit:]
     torch.testing.assert_close(torch.cat(logits[-limit:]), expected, atol=2e-4, rtol=1e-4)
     large = ["--window", context - 12]
     with pytest.raises(SystemExit, match=f"takes all of the context's {context}"):
